@@ -1,0 +1,1 @@
+"""How the pocket base was made: scenes, questions, tokenizer, rows, training and evaluation. Runs offline."""
