@@ -1,0 +1,83 @@
+"""Everything that can go wrong with an adapter, as values with fields.
+
+AdapterError
+├── AdapterNotFound        no such name or version (carries near names)
+├── AdapterExists          the name is taken by other content
+├── AdapterBusy            it is in use and the caller did not want to wait
+├── AdapterRejected        a package was read and refused (carries a reason of ``RejectReason`` and details)
+├── SourceRejected         the source may not be read: outside the allowed roots, scheme off, bad URL
+├── InsufficientMemory     it cannot fit the device or host budget
+└── InsufficientStorage    the disk is full
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RejectReason(StrEnum):
+    """The closed list of reasons for refusing a package; part of the wire."""
+
+    MISSING_FILE = "missing_file"
+    UNSAFE_FORMAT = "unsafe_format"
+    BAD_CONFIG = "bad_config"
+    UNSUPPORTED_KIND = "unsupported_kind"
+    UNSUPPORTED_OPTION = "unsupported_option"
+    BASE_MISMATCH = "base_mismatch"
+    BAD_TENSOR_FILE = "bad_tensor_file"
+    UNKNOWN_KEYS = "unknown_keys"
+    MISSING_KEYS = "missing_keys"
+    BAD_SHAPE = "bad_shape"
+    BAD_DTYPE = "bad_dtype"
+    RANK_TOO_LARGE = "rank_too_large"
+    TOO_LARGE = "too_large"
+    NON_FINITE = "non_finite"
+    NO_EFFECT = "no_effect"
+    DIGEST_MISMATCH = "digest_mismatch"
+    PROBE_FAILED = "probe_failed"
+
+
+class AdapterError(Exception):
+    """Root of the tree; ``str()`` says what, the limit, and what to do."""
+
+
+class AdapterNotFound(AdapterError):
+    def __init__(self, name: str, near: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self.near = near
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        super().__init__(f"no adapter named {name[:96]!r}{hint}")
+
+
+class AdapterExists(AdapterError):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"an adapter named {name!r} exists with other content; remove it or choose another name")
+
+
+class AdapterBusy(AdapterError):
+    def __init__(self, name: str, num_requests: int) -> None:
+        self.name = name
+        self.num_requests = num_requests
+        super().__init__(f"adapter {name!r} is serving {num_requests} requests; wait for them or retry")
+
+
+class AdapterRejected(AdapterError):
+    """``details`` holds at most 10 lines, each naming a key, file or value."""
+
+    def __init__(self, reason: RejectReason, message: str, details: tuple[str, ...] = ()) -> None:
+        self.reason = reason
+        self.details = details[:10]
+        super().__init__(message)
+
+
+class SourceRejected(AdapterError):
+    pass
+
+
+class InsufficientMemory(AdapterError):
+    pass
+
+
+class InsufficientStorage(AdapterError):
+    pass

@@ -1,0 +1,1 @@
+"""The proof: benchmarks that speak HTTP to us and to peers alike."""
