@@ -1,0 +1,37 @@
+"""EngineConfig: the engine's budgets, frozen. Built by the server's settings; derived numbers are properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Every field is a budget with a unit; see docs/settings.md for how a server sets them."""
+
+    num_slots: int = 8
+    """Adapters that can be on the device at once."""
+    max_rank: int = 64
+    block_size: int = 16
+    """Tokens per KV block; 16 is the field's usual compromise between waste and table length."""
+    kv_bytes: int = 256 << 20
+    """Bytes for keys and values of all layers together."""
+    max_model_len: int | None = None
+    """Longest prompt plus output in tokens; None takes the base's own limit. Never more than the KV cache holds."""
+    max_batch_tokens: int = 512
+    """Token budget of one step: the longest that a prefill can delay everybody's next token."""
+    max_running: int = 64
+    """Sequences that decode at once."""
+    max_waiting: int = 256
+    max_waiting_tokens: int = 262_144
+    max_image_patches_per_step: int = 16_384
+    """Vision budget of one step; one larger image still goes alone."""
+    host_adapter_bytes: int = 1 << 30
+    """Bytes of adapter weights kept in host memory behind the slots."""
+    vision_cache_bytes: int = 256 << 20
+    load_on_demand: bool = True
+    """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
+    starvation_s: float = 1.0
+    """A sequence that waited this long for a slot stops the least used adapter's new sequences until it gets one."""
+    snapshot_interval_s: float = 0.05
+    """How old the engine's published status may be while it is busy."""
