@@ -1,0 +1,124 @@
+"""BaseModel: the resident model as the engine sees it, over transformers' own modules.
+
+Owns: the order in which those modules are called, and nothing that changes: no cache, no positions, no request.
+Linears are looked up at each call, never kept, so adapters may be attached and detached around them.
+
+Place in a request's way: step 8, under the runner; one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from base.attention import AttentionPlan
+from base.config import BaseConfig
+from base.prompt import Grid
+
+if TYPE_CHECKING:
+    from base.processor import Processor
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """What a loaded base is: names and sizes, no tensors."""
+
+    name: str
+    """The id it is served under: the hub id, the folder's name, or ``lorikeet-pocket``."""
+    revision: str | None
+    """The commit that a hub id resolved to; None for folders."""
+    fingerprint: str
+    """Hex SHA-256 over the configuration and the identity of each weight file: same fingerprint, same answers."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the head; ids from the tokenizer's size up to it name no token."""
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    image_token_id: int
+    merge_size: int
+    patch_size: int
+    dtype: str
+    quantization: str
+    """``nf4``, ``fp4`` (a pre-quantised checkpoint's) or ``none``."""
+
+
+class BaseModel:
+    """A frozen, resident Qwen2.5-VL. Made by ``base.loader.load_base``."""
+
+    def __init__(
+        self,
+        module: Qwen2_5_VLForConditionalGeneration,
+        spec: BaseSpec,
+        processor: Processor,
+        config: BaseConfig,
+        memory_by_part: Mapping[str, int],
+    ) -> None:
+        self.module = module
+        self.spec = spec
+        self.processor = processor
+        self.config = config
+        self.memory_by_part = dict(memory_by_part)
+        """Bytes of ``language_4bit``, ``language`` (16-bit, CPU copies included), ``embeddings``, ``vision``,
+        ``head`` (0 when tied) and ``other``."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @torch.no_grad()
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, H]."""
+        embeds: Tensor = self.module.get_input_embeddings()(ids)
+        return embeds
+
+    @torch.no_grad()
+    def embed_images(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Encode several images at once: pixels [P, patch_dim], one grid each -> [sum of tokens, H].
+
+        An image's rows do not depend on the other images of the call.
+        """
+        grid_thw = torch.tensor(grids, dtype=torch.int64, device=pixels.device).reshape(
+            -1, 3
+        )
+        embeds: Tensor = self.module.model.visual(
+            pixels.to(self.dtype), grid_thw=grid_thw
+        ).pooler_output
+        return embeds
+
+    @torch.no_grad()
+    def forward(self, embeds: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run the language layers over a flattened step: embeds [T, H], positions [3, T] -> final-normed [T, H].
+
+        Writes the plan's caches at its slots.
+        """
+        output = self.module.model.language_model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=positions.unsqueeze(1),
+            attention_mask={
+                "full_attention": None
+            },  # ready-made: nothing is built, the plan says it all
+            use_cache=False,
+            plan=plan,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, H] -> [S, V] float32."""
+        logits: Tensor = self.module.lm_head(hidden)
+        return logits.float()
