@@ -33,5 +33,3 @@ class EngineConfig:
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0
     """A sequence that waited this long for a slot stops the least used adapter's new sequences until it gets one."""
-    snapshot_interval_s: float = 0.05
-    """How old the engine's published status may be while it is busy."""

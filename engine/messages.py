@@ -23,7 +23,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
+    """``reason`` is "stop" when a stop string ended it, which only the reader of the text can see."""
+
     request_id: str
+    reason: FinishReason = "abort"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,13 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """It left the queue: its first chunk is in this step."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """New tokens of one sequence; ``prompt_logprobs`` comes once, before or with the first of them."""
 
@@ -127,4 +137,4 @@ class Failed:
     error: EngineError
 
 
-Outbound = Tokens | Finished | Failed
+Outbound = Started | Tokens | Finished | Failed

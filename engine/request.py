@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapters.ref import AdapterRef
-from base.processor import PromptInputs
+from base.prompt import PromptInputs
 from engine.sampling import SamplingParams
 
 

@@ -1,0 +1,58 @@
+"""Admission: may this waiting sequence start now? Decides only; the scheduler acts on the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from adapters.ref import AdapterRef
+from adapters.residency import Residency
+from engine.blocks import BlockPool
+from engine.sequence import BASE_SLOT, Sequence, WaitReason
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: WaitReason
+
+
+class Admission:
+    """A sequence needs its adapter in a slot, and blocks for the tokens it has plus the next one."""
+
+    def __init__(self, pool: BlockPool, residency: Residency, starvation_s: float) -> None:
+        self._pool = pool
+        self._residency = residency
+        self._starvation_s = starvation_s
+
+    def decide(self, sequence: Sequence, blocked: Collection[AdapterRef]) -> Admitted | Refused:
+        slot = self._slot(sequence.adapter, blocked)
+        if slot is None:
+            return Refused(WaitReason.ADAPTER)
+        if not self._pool.can_grow(sequence.blocks, sequence.num_tokens + 1):
+            return Refused(WaitReason.BLOCKS)
+        return Admitted(slot)
+
+    def _slot(self, ref: AdapterRef, blocked: Collection[AdapterRef]) -> int | None:
+        if ref.is_base:
+            return BASE_SLOT
+        return None if ref in blocked else self._residency.slot_of(ref)
+
+    def starved(self, waiting: Collection[Sequence], now: float) -> list[AdapterRef]:
+        """Adapters whose oldest sequence has waited too long for a slot and that are not already on their way."""
+        refs = {
+            s.adapter: None
+            for s in waiting
+            if s.slot_wait_since_s is not None and now - s.slot_wait_since_s >= self._starvation_s
+        }
+        return [r for r in refs if self._residency.slot_of(r) is None and not self._residency.is_loading(r)]
+
+    def victims(self, num_starved: int) -> frozenset[AdapterRef]:
+        """Adapters that get no new sequences until a starved one has their slot: those with the fewest running."""
+        candidates = [r for r in self._residency.residents() if not r.is_pinned]
+        candidates.sort(key=lambda r: (r.num_holds, r.slot))
+        return frozenset(r.ref for r in candidates[:num_starved])

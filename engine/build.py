@@ -1,0 +1,102 @@
+"""build_engine: the one place where the engine's parts are made and joined. Memory is taken here and not later."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from adapters.layer import attach
+from adapters.mover import Mover
+from adapters.registry import Registry
+from adapters.residency import Residency
+from adapters.routing import RoutingSet
+from adapters.sites import discover_sites
+from adapters.slots import SlotBank
+from base.linear import dequantised_weight
+from base.model import BaseModel
+from engine.blocks import BlockPool
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor import Executor
+from engine.grammar import GrammarCompiler
+from engine.kv import KVCache, kv_bytes_per_token
+from engine.lifecycle import Lifecycle
+from engine.messages import Wake
+from engine.observer import Observer, SilentObserver
+from engine.probe import Probe, probe_blocks
+from engine.request import GenerationRequest
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from engine.status import Picture, StatusBoard
+from engine.stream import TextAssembler
+from engine.swaps import AdapterSwaps
+from engine.vision_cache import VisionCache
+
+logger = logging.getLogger("lorikeet.engine")
+
+
+def build_engine(
+    base: BaseModel, registry: Registry, config: EngineConfig, observer: Observer | None = None
+) -> EngineClient:
+    """Attach the adapter layers to the base, take the KV memory, warm up, and start the engine's thread.
+
+    Mutates ``base``: its linears are wrapped. One engine a base.
+    """
+    watcher = observer or SilentObserver()
+    bank, routing = _attach_adapters(base, config)
+    num_blocks = _num_blocks(base, config)
+    max_model_len = _max_model_len(base, config, num_blocks)
+    vision_cache = VisionCache(config.vision_cache_bytes)
+    num_probe_blocks = probe_blocks(base, config.block_size)
+    cache = KVCache(base.spec, num_blocks + num_probe_blocks, config.block_size, base.dtype, base.device)
+    runner = Runner(base, routing, cache, vision_cache)
+    probe = Probe(base, runner, vision_cache, num_blocks, config.block_size)
+    residency = Residency(config.num_slots)
+    scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
+    grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
+    client = EngineClient(config, max_model_len, grammars, _assembler_maker(base))
+    mover = Mover(bank, registry.load, config.host_adapter_bytes, lambda: engine.inbox.put(Wake()))
+    swaps = AdapterSwaps(residency, mover, bank, probe, watcher)
+    board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))
+    lifecycle = Lifecycle(residency, watcher, grammars, base.spec.eos_token_ids, max_model_len)
+    executor = Executor(runner, Sampler(base.spec.vocab_size), watcher)
+    engine = Engine(config, scheduler, executor, swaps, lifecycle, board, watcher, client.deliver)
+    probe.warm_up()
+    logger.info("engine.ready kv_tokens=%d max_model_len=%d", num_blocks * config.block_size, max_model_len)
+    client.start(engine, board, mover.close)
+    return client
+
+
+def _attach_adapters(base: BaseModel, config: EngineConfig) -> tuple[SlotBank, RoutingSet]:
+    sites = discover_sites(base.module)
+    # PEFT computes LoRA in fp32 beside a 16-bit base: on a CPU we do the same; on a GPU fp32 would halve the speed
+    dtype = torch.float32 if base.device.type == "cpu" else base.dtype
+    bank = SlotBank(sites, config.num_slots, config.max_rank, dtype, base.device)
+    routing = RoutingSet.on(base.device)
+    attach(base.module, sites, bank, routing, dequantised_weight)
+    return bank, routing
+
+
+def _num_blocks(base: BaseModel, config: EngineConfig) -> int:
+    num_tokens = config.kv_bytes // kv_bytes_per_token(base.spec, base.dtype)
+    num_blocks = num_tokens // config.block_size
+    if num_blocks < 1:
+        need = kv_bytes_per_token(base.spec, base.dtype) * config.block_size
+        raise ValueError(f"kv_bytes is {config.kv_bytes}; one block of this base needs {need}: raise kv_bytes")
+    return num_blocks
+
+
+def _max_model_len(base: BaseModel, config: EngineConfig, num_blocks: int) -> int:
+    """What is asked for, what the base can do, and what the cache holds: the least of the three."""
+    asked = config.max_model_len or base.spec.max_positions
+    return min(asked, base.spec.max_positions, num_blocks * config.block_size)
+
+
+def _assembler_maker(base: BaseModel):  # type: ignore[no-untyped-def]
+    def make(request: GenerationRequest) -> TextAssembler:
+        return TextAssembler(request, base.processor.tokenizer)
+
+    return make

@@ -1,0 +1,314 @@
+"""EngineClient: the bridge from the event loop to the engine's thread. ``submit`` is the only way down; a Stream is the
+only way up. It refuses early what the engine has no room for, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Generic, TypeVar
+
+from adapters.ref import AdapterRef
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import ContextTooLong, Draining, EngineDown, EngineError, QueueFull
+from engine.grammar import GrammarCompiler
+from engine.messages import (
+    Abort,
+    Failed,
+    Finished,
+    FinishReason,
+    LoadAdapter,
+    LoadReport,
+    Outbound,
+    Started,
+    Stop,
+    Submit,
+    UnloadAdapter,
+    UnloadReport,
+)
+from engine.request import GenerationRequest
+from engine.sampling import GrammarSpec
+from engine.status import EngineStatus, StatusBoard
+from engine.stream import Delta, Finish, TextAssembler
+
+logger = logging.getLogger("lorikeet.engine")
+
+T = TypeVar("T")
+
+DEFAULT_RETRY_AFTER_S = 1.0
+
+
+class Stream:
+    """One request's answer: an async iterator of Delta and, last, Finish. Failures are raised as EngineError.
+
+    Deltas that nobody has read yet are merged, so a slow reader costs one pending Delta, not a queue of them.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        assembler: TextAssembler,
+        loop: asyncio.AbstractEventLoop,
+        on_close: Callable[[str, FinishReason], None],
+    ) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self._assembler = assembler
+        self._on_close = on_close
+        self._pending: deque[Delta | Finish | EngineError] = deque()
+        self._news = asyncio.Event()
+        self._is_ended = False
+        self._is_closed = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta | Finish:
+        while not self._pending:
+            if self._is_ended or self._is_closed:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        item = self._pending.popleft()
+        if isinstance(item, EngineError):
+            raise item
+        return item
+
+    def abort(self) -> None:
+        """Stop generating; idempotent. What was already produced can still be read."""
+        if not self._is_ended and not self._is_closed:
+            self._is_closed = True
+            self._on_close(self.request_id, "abort")
+        self._news.set()
+
+    async def aclose(self) -> None:
+        self.abort()
+
+    def push(self, messages: Seq[Outbound]) -> None:
+        """On the event loop: turn the engine's messages into readable items."""
+        for message in messages:
+            if not self._is_ended:
+                self._take(message)
+        self._news.set()
+
+    def _take(self, message: Outbound) -> None:
+        if isinstance(message, Started):
+            return
+        if isinstance(message, Failed):
+            self._pending.append(message.error)
+            self._is_ended = True
+            return
+        for item in self._assembler.push(message):
+            self._append(item)
+        if self._assembler.is_finished:
+            if not isinstance(message, Finished):  # a stop string: the engine does not know yet
+                self._on_close(self.request_id, "stop")
+            self._is_ended = True
+
+    def _append(self, item: Delta | Finish) -> None:
+        last = self._pending[-1] if self._pending else None
+        if isinstance(last, Delta) and isinstance(item, Delta):
+            self._pending[-1] = last.joined(item)
+        else:
+            self._pending.append(item)
+
+
+class EngineClient:
+    """Safe from any thread or loop, except that a Stream belongs to the loop that submitted it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        max_model_len: int,
+        grammars: GrammarCompiler,
+        make_assembler: Callable[[GenerationRequest], TextAssembler],
+    ) -> None:
+        self._config = config
+        self.max_model_len = max_model_len
+        self._grammars = grammars
+        self._make_assembler = make_assembler
+        self._streams: dict[str, Stream] = {}
+        self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is started
+        self._lock = threading.Lock()
+        self._is_draining = False
+        self._thread: threading.Thread | None = None
+        self._recent_starts: deque[float] = deque(maxlen=64)
+
+    def start(self, engine: Engine, board: StatusBoard) -> None:
+        """Run the engine on its own thread."""
+        self._engine = engine
+        self._board = board
+        self._thread = threading.Thread(target=engine.run, name="lorikeet-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Queue a request; the caller reads the Stream on the running loop.
+
+        Raises Draining, EngineDown, ContextTooLong or QueueFull before anything is allocated.
+        """
+        self._refuse(request)
+        loop = asyncio.get_running_loop()
+        stream = Stream(request.request_id, self._make_assembler(request), loop, self._close_stream)
+        with self._lock:
+            self._reserve(request)
+            self._streams[request.request_id] = stream
+        self._engine.inbox.put(Submit(request))
+        return stream
+
+    async def compile_grammar(self, spec: GrammarSpec) -> None:
+        """Compile a grammar off the loop and off the step, so that its request is born at once. Raises GrammarError."""
+        await asyncio.to_thread(self._grammars.compile, spec)
+
+    def _refuse(self, request: GenerationRequest) -> None:
+        if self._is_draining:
+            raise Draining("the server is draining; send the request to another one")
+        if not self.is_alive:
+            raise EngineDown("the engine is not running")
+        num_tokens = len(request.prompt.ids)
+        if num_tokens >= self.max_model_len:
+            raise ContextTooLong(num_tokens, self.max_model_len - 1)
+
+    def _reserve(self, request: GenerationRequest) -> None:
+        """A place in the queue, by count and by prompt tokens; the first in an empty queue always gets one."""
+        num_tokens = len(request.prompt.ids)
+        waiting_tokens = sum(self._waiting.values())
+        is_full = len(self._waiting) >= self._config.max_waiting
+        if is_full or (self._waiting and waiting_tokens + num_tokens > self._config.max_waiting_tokens):
+            raise QueueFull(
+                f"{len(self._waiting)} requests with {waiting_tokens} prompt tokens are waiting (limits "
+                f"{self._config.max_waiting} and {self._config.max_waiting_tokens}); try again later",
+                self._retry_after_s(),
+            )
+        self._waiting[request.request_id] = num_tokens
+
+    def _retry_after_s(self) -> float:
+        """How long the present queue takes at the rate at which requests were started lately."""
+        if len(self._recent_starts) < 2:
+            return DEFAULT_RETRY_AFTER_S
+        span_s = time.monotonic() - self._recent_starts[0]
+        rate = len(self._recent_starts) / max(span_s, 1e-3)
+        return max(DEFAULT_RETRY_AFTER_S, len(self._waiting) / rate)
+
+    def _close_stream(self, request_id: str, reason: FinishReason) -> None:
+        self._forget(request_id)
+        self._engine.inbox.put(Abort(request_id, reason))
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._streams.pop(request_id, None)
+            self._waiting.pop(request_id, None)
+
+    # ---- the engine's side -------------------------------------------------------------------------------------
+
+    def deliver(self, messages: Seq[Outbound]) -> None:
+        """On the engine's thread: hand each stream its messages, with one wake-up a loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, list[Outbound]]]] = {}
+        grouped: dict[str, list[Outbound]] = {}
+        for message in messages:
+            grouped.setdefault(message.request_id, []).append(message)
+        for request_id, own in grouped.items():
+            stream = self._streams.get(request_id)
+            self._note(request_id, own)
+            if stream is not None:
+                batches.setdefault(stream.loop, []).append((stream, own))
+        for loop, batch in batches.items():
+            self._wake(loop, batch)
+
+    def _note(self, request_id: str, messages: Seq[Outbound]) -> None:
+        """Keep the books of the queue."""
+        if any(isinstance(m, Started) for m in messages):
+            with self._lock:
+                self._waiting.pop(request_id, None)
+            self._recent_starts.append(time.monotonic())
+        if isinstance(messages[-1], Finished | Failed):
+            self._forget(request_id)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Stream, list[Outbound]]]) -> None:
+        try:
+            loop.call_soon_threadsafe(_push_all, batch)
+        except RuntimeError:  # that loop is closed: nobody can read these streams any more
+            for stream, _ in batch:
+                self._close_stream(stream.request_id, "abort")
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport:
+        """Bring an adapter to the device and prove it. Raises AdapterError or EngineError."""
+        answer: Answer[LoadReport] = Answer()
+        self._require_alive()
+        self._engine.inbox.put(LoadAdapter(ref, pin, answer.reply))
+        return await answer.future
+
+    async def unload_adapter(self, ref: AdapterRef, *, timeout_s: float = 30.0) -> UnloadReport:
+        """Free an adapter once its sequences have ended. Raises AdapterBusy when they have not in time."""
+        answer: Answer[UnloadReport] = Answer()
+        self._require_alive()
+        self._engine.inbox.put(UnloadAdapter(ref, timeout_s, answer.reply))
+        return await answer.future
+
+    def _require_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineDown("the engine is not running")
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def status(self) -> EngineStatus:
+        """The engine's latest picture of itself, at most one step old; cheap, safe from any thread."""
+        return self._board.read(self.is_alive, self._is_draining)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    async def drain(self, timeout_s: float) -> None:
+        """Accept nothing more, and wait until the streams in flight have ended or time is up."""
+        self._is_draining = True
+        deadline_s = time.monotonic() + timeout_s
+        while self._streams and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """Stop the engine; streams still alive fail with Draining. Idempotent."""
+        self._is_draining = True
+        if self._thread is not None and self._thread.is_alive():
+            self._engine.inbox.put(Stop())
+            self._thread.join(timeout=30)
+
+
+class Answer(Generic[T]):
+    """A future that the engine's thread may resolve with a value or an exception."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] = self._loop.create_future()
+
+    def reply(self, outcome: T | Exception) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._resolve, outcome)
+        except RuntimeError:
+            logger.warning("answer.lost the event loop that asked is closed")
+
+    def _resolve(self, outcome: T | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+def _push_all(batch: list[tuple[Stream, list[Outbound]]]) -> None:
+    for stream, messages in batch:
+        stream.push(messages)

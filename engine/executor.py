@@ -1,0 +1,105 @@
+"""Executor: a plan in, one outcome a chunk out. It runs the model and the sampler, and when a step throws it halves the
+plan until only the culprit fails; its neighbours' tokens are the same as without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.errors import EngineError, NumericalError, StepFailed
+from engine.messages import TokenLogprob
+from engine.observer import Observer, StepRetried
+from engine.runner import Runner
+from engine.sampler import NumericalFailure, SampledToken, Sampler, score_prompt
+from engine.step import Chunk, StepPlan
+
+logger = logging.getLogger("lorikeet.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one chunk: a token, an error, or (in the middle of a prefill) neither."""
+
+    chunk: Chunk
+    token: SampledToken | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """For the prompt tokens that follow the chunk's rows."""
+    error: EngineError | None = None
+
+
+@dataclass(slots=True)
+class PhaseClock:
+    """Seconds of one step's device work, summed over retries."""
+
+    encode_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class Executor:
+    def __init__(self, runner: Runner, sampler: Sampler, observer: Observer) -> None:
+        self._runner = runner
+        self._sampler = sampler
+        self._observer = observer
+
+    def execute(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+        """Outcomes in plan order. Raises nothing that a request's content can cause."""
+        if not plan.chunks:
+            return []
+        try:
+            return self._attempt(plan, clock)
+        except Exception as error:  # whatever a step throws, only its culprit may fail
+            return self._isolate(plan, error, clock)
+
+    def _isolate(self, plan: StepPlan, error: Exception, clock: PhaseClock) -> list[Outcome]:
+        """Halve and retry. A single chunk that throws is the culprit."""
+        if len(plan.chunks) == 1:
+            name = type(error).__name__
+            logger.exception("step.failed request_id=%s error=%s", plan.chunks[0].sequence.request_id, name)
+            self._observer.record(StepRetried(1, name))
+            return [Outcome(plan.chunks[0], error=StepFailed(f"this request made its step fail ({name})"))]
+        half = len(plan.chunks) // 2
+        parts = (plan.only(plan.chunks[:half]), plan.only(plan.chunks[half:]))
+        return [outcome for part in parts for outcome in self.execute(part, clock)]
+
+    def _attempt(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+        step = self._runner.run(plan)
+        clock.encode_s += step.encode_s
+        clock.forward_s += step.forward_s
+        begin_s = time.monotonic()
+        outcomes = self._sample(plan, step.split())
+        clock.sample_s += time.monotonic() - begin_s
+        return outcomes
+
+    def _sample(self, plan: StepPlan, logits: tuple[Tensor, ...]) -> list[Outcome]:
+        prompt_logprobs = [self._prompt_logprobs(c, rows) for c, rows in zip(plan.chunks, logits, strict=True)]
+        yielding = [i for i, chunk in enumerate(plan.chunks) if chunk.yields_token]
+        sampled = self._sampler.sample(
+            [logits[i][-1] for i in yielding], [plan.chunks[i].sequence.sampler for i in yielding]
+        )
+        tokens = dict(zip(yielding, sampled, strict=True))
+        return [
+            self._outcome(chunk, tokens.get(i), prompt_logprobs[i]) for i, chunk in enumerate(plan.chunks)
+        ]
+
+    @staticmethod
+    def _outcome(
+        chunk: Chunk, token: SampledToken | NumericalFailure | None, prompt: tuple[TokenLogprob, ...]
+    ) -> Outcome:
+        if isinstance(token, NumericalFailure):
+            error = NumericalError("the model gave no finite probabilities for this request")
+            return Outcome(chunk, error=error)
+        return Outcome(chunk, token, prompt)
+
+    @staticmethod
+    def _prompt_logprobs(chunk: Chunk, rows: Tensor) -> tuple[TokenLogprob, ...]:
+        """Row i of the chunk predicts prompt token ``start + i + 1``."""
+        request = chunk.sequence.request
+        if request.prompt_logprobs is None or not chunk.wants_prompt_logits:
+            return ()
+        targets = request.prompt.ids[chunk.start + 1 : chunk.end + 1]
+        return tuple(score_prompt(rows[: len(targets)], targets, request.prompt_logprobs))

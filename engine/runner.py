@@ -1,0 +1,77 @@
+"""Runner: carries out a StepPlan on the device. It encodes the images, refills the routing, calls the language model
+once, and returns logits. It decides nothing and keeps nothing but the KV and the image embeddings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.routing import RoutingSet
+from base.model import BaseModel
+from engine.batch import Batch, build_batch
+from engine.kv import KVCache
+from engine.step import ImageJob, StepPlan
+from engine.vision_cache import VisionCache
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits of a plan's chunks, in plan order; ``counts[i]`` rows belong to chunk i."""
+
+    logits: Tensor  # [L, V] float32
+    counts: tuple[int, ...]
+    encode_s: float
+    forward_s: float
+
+    def split(self) -> tuple[Tensor, ...]:
+        """One [n, V] view a chunk; n is 0 for a chunk that wants none."""
+        return torch.split(self.logits, list(self.counts))
+
+
+class Runner:
+    """Not reentrant; the engine's thread only."""
+
+    def __init__(self, base: BaseModel, routing: RoutingSet, cache: KVCache, vision_cache: VisionCache) -> None:
+        self._base = base
+        self._routing = routing
+        self._cache = cache
+        self._vision_cache = vision_cache
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepLogits:
+        """Compute the plan. If it raises, nothing but KV rows that the plan itself would rewrite has changed."""
+        begin_s = time.monotonic()
+        self._encode(plan.image_jobs)
+        encoded_s = time.monotonic()
+        batch = build_batch(plan, self._cache, self._base.device)
+        self._routing.language.fill(batch.segments)
+        hidden = self._base.forward(self._embed(batch), batch.positions, batch.attention)  # [T, H]
+        logits = self._base.logits(hidden[batch.logit_rows])
+        return StepLogits(logits, batch.logit_counts, encoded_s - begin_s, time.monotonic() - encoded_s)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """[T, H]: token embeddings, with image rows in the places of their placeholders."""
+        embeds = self._base.embed_tokens(batch.ids)
+        for span in batch.image_spans:
+            image = self._vision_cache.get(span.key)
+            embeds[span.row : span.row + span.num_tokens] = image[span.start : span.start + span.num_tokens]
+        return embeds
+
+    def _encode(self, jobs: Iterable[ImageJob]) -> None:
+        """Encode in one call the images that the cache lacks, each with its own adapter's vision weights."""
+        jobs = [job for job in jobs if job.key not in self._vision_cache]
+        if not jobs:
+            return
+        merge = self._base.spec.merge_size**2
+        num_patches = [job.image.pixels.shape[0] for job in jobs]
+        self._routing.vision.fill([(n, job.slot) for n, job in zip(num_patches, jobs, strict=True)])
+        self._routing.merger.fill([(n // merge, job.slot) for n, job in zip(num_patches, jobs, strict=True)])
+        pixels = torch.cat([job.image.pixels for job in jobs]).to(self._base.device)
+        embeds = self._base.embed_images(pixels, [job.image.grid for job in jobs])
+        for job, rows in zip(jobs, torch.split(embeds, [job.image.num_tokens for job in jobs]), strict=True):
+            self._vision_cache.put(job.key, rows.clone())

@@ -1,0 +1,196 @@
+"""Scheduler: who computes in the next step. It owns the queue, the running list and every sequence's status, blocks and
+slot; it returns a frozen StepPlan and touches no tensor.
+"""
+
+from __future__ import annotations
+
+from adapters.ref import AdapterRef
+from adapters.residency import Residency
+from engine.admission import Admission, Admitted, Refused
+from engine.blocks import BlockPool
+from engine.config import EngineConfig
+from engine.sequence import BASE_SLOT, Sequence, Status, WaitReason
+from engine.step import Chunk, ImageJob, StepPlan
+from engine.vision_cache import VisionCache
+
+
+class StepBudget:
+    """What one step may still take; made for one plan and dropped with it."""
+
+    def __init__(self, num_tokens: int, num_patches: int) -> None:
+        self.num_tokens = num_tokens
+        self.num_patches = num_patches
+        self.image_jobs: list[ImageJob] = []
+
+    def take_image(self, job: ImageJob) -> bool:
+        """Whether the image goes into this step; one image larger than the whole budget goes alone."""
+        if any(taken.key == job.key for taken in self.image_jobs):
+            return True
+        num_patches = job.image.pixels.shape[0]
+        if self.image_jobs and num_patches > self.num_patches:
+            return False
+        self.num_patches -= num_patches
+        self.image_jobs.append(job)
+        return True
+
+
+class Scheduler:
+    def __init__(
+        self, config: EngineConfig, pool: BlockPool, residency: Residency, vision_cache: VisionCache
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._residency = residency
+        self._vision_cache = vision_cache
+        self._admission = Admission(pool, residency, config.starvation_s)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.draining: set[AdapterRef] = set()
+        """Adapters being unloaded: their new sequences wait until the slot is free."""
+
+    @property
+    def num_blocks_used(self) -> int:
+        return self._pool.num_used
+
+    # ---- births and ends ---------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Free all that the sequence holds; safe for waiting and running ones."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._vacate(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.ENDED
+
+    def end_prefill(self, sequence: Sequence) -> None:
+        """Its prompt is cached: its image embeddings are no longer needed."""
+        for key in sequence.pinned_images:
+            self._vision_cache.unpin(key)
+        sequence.pinned_images.clear()
+
+    # ---- what the adapters' side should bring ------------------------------------------------------------------
+
+    def wanted(self, now: float) -> list[AdapterRef]:
+        """Adapters of waiting sequences, most urgent first; at most twice the slots, the rest is not near enough."""
+        starved = self._admission.starved(self.waiting, now)
+        victims = self._admission.victims(len(starved)) if starved else frozenset()
+        refs = dict.fromkeys(starved)
+        for sequence in self.waiting:
+            if len(refs) >= 2 * self._config.num_slots:
+                break
+            ref = sequence.adapter
+            if not ref.is_base and ref not in victims and ref not in self.draining:
+                refs.setdefault(ref)
+        return list(refs)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan:
+        """Decodes first, then running prefills, then new sequences, inside one budget."""
+        budget = StepBudget(self._config.max_batch_tokens, self._config.max_image_patches_per_step)
+        chunks = self._decode_chunks(budget)
+        chunks += self._prefill_chunks(budget)
+        chunks += self._admit(budget, now)
+        return StepPlan(tuple(chunks), tuple(budget.image_jobs))
+
+    def _decode_chunks(self, budget: StepBudget) -> list[Chunk]:
+        chunks = []
+        for sequence in [s for s in self.running if s.is_decoding]:
+            if sequence.status is not Status.RUNNING or not self._make_room(sequence):
+                continue  # preempted for an older one, or itself
+            chunks.append(Chunk(sequence, sequence.num_computed, 1))
+            budget.num_tokens -= 1
+        return chunks
+
+    def _prefill_chunks(self, budget: StepBudget) -> list[Chunk]:
+        prefilling = [s for s in self.running if not s.is_decoding]
+        chunks = (self._next_chunk(sequence, budget) for sequence in prefilling)
+        return [chunk for chunk in chunks if chunk is not None]
+
+    def _admit(self, budget: StepBudget, now: float) -> list[Chunk]:
+        blocked = self._admission.victims(len(self._admission.starved(self.waiting, now))) | self.draining
+        chunks: list[Chunk] = []
+        for sequence in list(self.waiting):
+            if budget.num_tokens <= 0 or len(self.running) >= self._config.max_running:
+                break
+            match self._admission.decide(sequence, blocked):
+                case Admitted(slot):
+                    self._start(sequence, slot, now)
+                    chunk = self._next_chunk(sequence, budget)
+                    chunks += [chunk] if chunk else []
+                case Refused(reason):
+                    self._note_wait(sequence, reason, now)
+                    if reason is WaitReason.BLOCKS:
+                        break  # nobody overtakes it for memory, or a long prompt would wait for ever
+        return chunks
+
+    def _next_chunk(self, sequence: Sequence, budget: StepBudget) -> Chunk | None:
+        """The longest piece of its prefill that the token and vision budgets allow; None if that is nothing."""
+        num_tokens = min(sequence.num_uncomputed, budget.num_tokens)
+        chunk = Chunk(sequence, sequence.num_computed, num_tokens)
+        for image in chunk.images():
+            job = ImageJob(sequence.image_key(image), image, self._vision_slot(sequence))
+            if job.key not in self._vision_cache and not budget.take_image(job):
+                chunk = Chunk(sequence, chunk.start, max(0, image.offset - chunk.start))
+                break
+        budget.num_tokens -= chunk.num_tokens
+        return chunk if chunk.num_tokens > 0 else None
+
+    @staticmethod
+    def _vision_slot(sequence: Sequence) -> int:
+        return sequence.slot if sequence.adapter.vision_digest else BASE_SLOT
+
+    # ---- places ------------------------------------------------------------------------------------------------
+
+    def _start(self, sequence: Sequence, slot: int, now: float) -> None:
+        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
+        if not sequence.adapter.is_base:
+            self._residency.hold(sequence.adapter)
+        for image in sequence.request.prompt.images:
+            key = sequence.image_key(image)
+            self._vision_cache.pin(key)
+            sequence.pinned_images.append(key)
+        if sequence.slot_wait_since_s is not None:
+            sequence.swap_s += now - sequence.slot_wait_since_s
+            sequence.slot_wait_since_s = None
+        sequence.slot = slot
+        sequence.status = Status.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self._pool.free(sequence.blocks)
+        self.end_prefill(sequence)
+        if not sequence.adapter.is_base:
+            self._residency.release(sequence.adapter)
+        sequence.slot = BASE_SLOT
+        sequence.num_computed = 0
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Blocks for its next token, at the cost of the youngest running sequences; False when it was itself."""
+        while not self._pool.can_grow(sequence.blocks, sequence.num_tokens + 1):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its tokens are kept and computed again later."""
+        self.running.remove(sequence)
+        self._vacate(sequence)
+        sequence.status = Status.WAITING
+        sequence.wait_reason = WaitReason.BLOCKS
+        sequence.num_preemptions += 1
+        self.waiting.insert(0, sequence)
+
+    @staticmethod
+    def _note_wait(sequence: Sequence, reason: WaitReason, now: float) -> None:
+        sequence.wait_reason = reason
+        if reason is WaitReason.ADAPTER and sequence.slot_wait_since_s is None:
+            sequence.slot_wait_since_s = now

@@ -1,0 +1,77 @@
+"""StepPlan: what one step will compute, decided by the scheduler, carried out by the runner. Frozen; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from base.prompt import PromptImage
+from engine.sequence import Sequence
+from engine.vision_cache import ImageKey
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, start + num_tokens)`` of one sequence."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
+
+    @property
+    def yields_token(self) -> bool:
+        """Its last row's logits choose the sequence's next token."""
+        return self.end == self.sequence.num_tokens and self.sequence.request.sampling.max_tokens > 0
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Some of its rows predict a prompt token whose log-probability was asked for."""
+        is_wanted = self.sequence.request.prompt_logprobs is not None and not self.sequence.has_prompt_logprobs
+        return is_wanted and self.start < self.sequence.num_prompt_tokens
+
+    def images(self) -> list[PromptImage]:
+        """Images with at least one token inside the chunk."""
+        if self.start >= self.sequence.num_prompt_tokens:
+            return []
+        return [
+            image
+            for image in self.sequence.request.prompt.images
+            if image.offset < self.end and image.offset + image.num_tokens > self.start
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageJob:
+    """One image to encode in this step, with the slot whose vision weights apply."""
+
+    key: ImageKey
+    image: PromptImage
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Decodes first, then prefill chunks."""
+
+    chunks: tuple[Chunk, ...]
+    image_jobs: tuple[ImageJob, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def only(self, chunks: Seq[Chunk]) -> StepPlan:
+        """The part of the plan that serves ``chunks``: for retrying after a step that threw."""
+        keys = {c.sequence.image_key(image) for c in chunks for image in c.images()}
+        return StepPlan(tuple(chunks), tuple(job for job in self.image_jobs if job.key in keys))
+
+
+EMPTY_PLAN = StepPlan((), ())

@@ -1,0 +1,206 @@
+"""AdapterSwaps: the adapters' side of the step. It joins who decides (Residency) with who moves (Mover), proves each
+newly arrived adapter before any request sees it, and answers explicit loads and unloads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from adapters.errors import AdapterBusy, AdapterError, AdapterRejected, InsufficientMemory
+from adapters.mover import Mover
+from adapters.ref import AdapterRef
+from adapters.residency import Evict, Moved, MoveFailed, Residency
+from adapters.slots import SlotBank
+from engine.messages import LoadAdapter, LoadReport, UnloadAdapter, UnloadReport
+from engine.observer import AdapterEvicted, AdapterMoved, AdapterMoveFailed, DecodeStalled, Observer
+from engine.probe import Probe
+from engine.status import SlotStatus, SwapsPicture
+
+logger = logging.getLogger("lorikeet.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingUnload:
+    message: UnloadAdapter
+    deadline_s: float
+
+
+class AdapterSwaps:
+    """The engine's thread only."""
+
+    def __init__(
+        self, residency: Residency, mover: Mover, bank: SlotBank, probe: Probe, observer: Observer
+    ) -> None:
+        self._residency = residency
+        self._mover = mover
+        self._bank = bank
+        self._probe = probe
+        self._observer = observer
+        self._loads: dict[AdapterRef, list[tuple[LoadAdapter, float]]] = {}
+        self._unloads: list[PendingUnload] = []
+        self._proven: set[str] = set()
+        self._answers: list[Callable[[], None]] = []
+
+    @property
+    def draining(self) -> set[AdapterRef]:
+        """Adapters that get no new sequences because someone is unloading them."""
+        return {pending.message.ref for pending in self._unloads}
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._loads or self._unloads)
+
+    # ---- messages ----------------------------------------------------------------------------------------------
+
+    def request_load(self, message: LoadAdapter, now: float) -> None:
+        if self._residency.slot_of(message.ref) is None and not self._residency.can_ever_load(message.ref):
+            self._answer(message, InsufficientMemory("every adapter slot is pinned; unpin one or raise num_slots"))
+            return
+        self._loads.setdefault(message.ref, []).append((message, now))
+
+    def request_unload(self, message: UnloadAdapter, now: float) -> None:
+        self._unloads.append(PendingUnload(message, now + message.timeout_s))
+
+    def _answer(
+        self, message: LoadAdapter | UnloadAdapter, outcome: LoadReport | UnloadReport | Exception
+    ) -> None:
+        self._answers.append(partial(message.reply, outcome))
+
+    def send_answers(self) -> None:
+        """Tell those who asked; after the status was published, so that what they are told is visible."""
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer()
+
+    # ---- each step ---------------------------------------------------------------------------------------------
+
+    def start(self, wanted: Iterable[AdapterRef]) -> None:
+        """Plan and start the moves that explicit loads and the scheduler's waiting sequences call for."""
+        refs = dict.fromkeys([*self._loads, *wanted])
+        if not refs:
+            return
+        moves = self._residency.plan(list(refs))
+        for move in moves:
+            if isinstance(move, Evict):
+                logger.info("adapter.evicted ref=%s slot=%d", move.ref, move.slot)
+                self._observer.record(AdapterEvicted(move.ref, "lru"))
+        self._mover.start(moves)
+
+    def settle(self, has_running: bool) -> list[tuple[AdapterRef, AdapterError]]:
+        """Make finished loads visible, answer those who waited for them, and return the adapters that failed."""
+        failures: list[tuple[AdapterRef, AdapterError]] = []
+        begin_s = time.monotonic()
+        results = self._mover.finished()
+        if results and has_running:
+            self._observer.record(DecodeStalled("adapter_copy", time.monotonic() - begin_s))
+        for result in results:
+            proven = self._prove(result, has_running) if isinstance(result, Moved) else result
+            self._residency.settle(proven)
+            if isinstance(proven, Moved):
+                self._announce(proven)
+            else:
+                failures.append((proven.move.ref, proven.error))
+                self._report_failure(proven)
+        self._answer_loads()
+        self._answer_unloads(time.monotonic())
+        return failures
+
+    def _prove(self, result: Moved, has_running: bool) -> Moved | MoveFailed:
+        """Run the probe once for each content; a refused adapter leaves its slot before anyone was routed to it."""
+        ref = result.move.ref
+        if ref.digest in self._proven:
+            return result
+        begin_s = time.monotonic()
+        try:
+            self._probe.check(ref, result.move.slot)
+        except AdapterError as error:
+            self._bank.clear(result.move.slot)
+            return MoveFailed(result.move, error)
+        self._proven.add(ref.digest)
+        probe_s = time.monotonic() - begin_s
+        if has_running:
+            self._observer.record(DecodeStalled("adapter_probe", probe_s))
+        return Moved(result.move, result.num_bytes, {**result.seconds, "probe": probe_s})
+
+    def _announce(self, result: Moved) -> None:
+        took_ms = 1000 * sum(result.seconds.values())
+        logger.info("adapter.loaded ref=%s slot=%d took_ms=%.1f", result.move.ref, result.move.slot, took_ms)
+        self._observer.record(AdapterMoved(result.move.ref, result.num_bytes, result.seconds))
+
+    def _report_failure(self, failure: MoveFailed) -> None:
+        error = failure.error
+        reason = str(error.reason) if isinstance(error, AdapterRejected) else type(error).__name__
+        logger.warning("adapter.load_failed ref=%s reason=%s", failure.move.ref, reason)
+        self._observer.record(AdapterMoveFailed(failure.move.ref, reason))
+        for message, _ in self._loads.pop(failure.move.ref, []):
+            self._answer(message, error)
+
+    def _answer_loads(self) -> None:
+        for ref in [r for r in self._loads if self._residency.slot_of(r) is not None]:
+            slot = self._residency.hold(ref)
+            for message, asked_s in self._loads.pop(ref):
+                if message.pin:
+                    self._residency.pin(ref)
+                took_s = time.monotonic() - asked_s
+                self._answer(message, LoadReport(ref, slot, self._bank.slot_bytes(slot), took_s))
+            self._residency.release(ref)
+
+    def _answer_unloads(self, now: float) -> None:
+        self._unloads = [pending for pending in self._unloads if not self._try_unload(pending, now)]
+
+    def _try_unload(self, pending: PendingUnload, now: float) -> bool:
+        """Whether the unload is over, done or timed out."""
+        message = pending.message
+        num_holds = self._residency.num_holds(message.ref)
+        if num_holds or self._residency.is_loading(message.ref):
+            if now < pending.deadline_s:
+                return False
+            self._answer(message, AdapterBusy(message.ref.name, num_holds))
+            return True
+        self._answer(message, self._unload(message.ref))
+        return True
+
+    def _unload(self, ref: AdapterRef) -> UnloadReport:
+        self._residency.unpin(ref)
+        evict = self._residency.drop(ref)
+        freed = 0
+        if evict is not None:
+            freed = self._bank.slot_bytes(evict.slot)
+            self._mover.start([evict])
+            self._observer.record(AdapterEvicted(ref, "unload"))
+        report = UnloadReport(ref, freed, self._mover.forget(ref))
+        logger.info("adapter.unloaded ref=%s device_bytes=%d", ref, freed)
+        return report
+
+    def picture(self) -> SwapsPicture:
+        slots = {
+            r.slot: SlotStatus(
+                r.slot, r.ref, "resident", r.is_pinned, r.num_holds, self._bank.slot_bytes(r.slot)
+            )
+            for r in self._residency.residents()
+        }
+        loading = {
+            move.slot: SlotStatus(move.slot, move.ref, "loading", False, 0, 0)
+            for move in self._residency.loading()
+        }
+        free = {i: SlotStatus(i, None, "free", False, 0, 0) for i in range(self._bank.num_slots)}
+        return SwapsPicture(
+            slots=tuple((free | loading | slots)[i] for i in range(self._bank.num_slots)),
+            host_bytes=self._mover.host_num_bytes,
+            host_refs=self._mover.host_refs(),
+            slot_bank_bytes=self._bank.num_bytes,
+        )
+
+    def fail_pending(self, error: Exception) -> None:
+        """Answer everyone who still waits; for the end of the engine."""
+        for waiting in self._loads.values():
+            for message, _ in waiting:
+                self._answer(message, error)
+        for pending in self._unloads:
+            self._answer(pending.message, error)
+        self._loads.clear()
+        self._unloads.clear()
