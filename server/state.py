@@ -1,0 +1,117 @@
+"""ServerState: what every route needs, gathered once at start and put at ``app.state.lorikeet``.
+
+Owns the gathering and the seam to the engine (``Engine``, a Protocol, so that fakes fit); knows no HTTP.
+Place in a request's way: step 1 reads it, nobody writes it except ``Drain``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from starlette.requests import HTTPConnection
+
+from engine.messages import LoadReport, UnloadReport
+from engine.request import GenerationRequest
+from engine.status import EngineStatus
+
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+    from adapters.sources.local import LocalSource
+    from base.model import BaseSpec
+    from base.processor import Processor
+    from engine.sampling import GrammarSpec
+    from engine.stream import Delta, Finish
+    from adapters.ref import AdapterRef
+    from server.auth import Gate
+    from server.media import MediaLoader
+    from server.metrics import Metrics
+    from server.settings import Settings
+
+
+class TokenStream(Protocol):
+    """One request's answer: Deltas and, last, a Finish; raises EngineError."""
+
+    request_id: str
+
+    def __aiter__(self) -> AsyncIterator[Delta | Finish]: ...
+
+    def abort(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What the wire asks of the engine; ``engine.client.EngineClient`` and the tests' fake both are one."""
+
+    def submit(self, request: GenerationRequest) -> TokenStream: ...
+
+    async def compile_grammar(self, spec: GrammarSpec) -> None: ...
+
+    async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport: ...
+
+    async def unload_adapter(self, ref: AdapterRef, *, timeout_s: float = 30.0) -> UnloadReport: ...
+
+    def status(self) -> EngineStatus: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Drain:
+    """Whether the server is leaving, and how many requests it still answers. Written by the middleware and by serve."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self.num_in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        self.is_draining = True
+
+    def enter(self) -> None:
+        self.num_in_flight += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_in_flight -= 1
+        if self.num_in_flight == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """True once no request is in flight; False when time is up first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+@dataclass(slots=True)
+class ServerState:
+    settings: Settings
+    registry: Registry
+    source: LocalSource
+    engine: Engine
+    processor: Processor
+    base: BaseSpec
+    media: MediaLoader
+    metrics: Metrics
+    gate: Gate
+    max_model_len: int
+    """Longest prompt plus output in tokens, as the engine decided."""
+    memory_by_part: dict[str, int] = field(default_factory=dict)
+    drain: Drain = field(default_factory=Drain)
+    load_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    """Registrations and loads under way at once; a third is 429 too_many_loads."""
+    started_s: float = field(default_factory=time.time)
+
+
+def state_of(connection: HTTPConnection) -> ServerState:
+    """The state behind a request."""
+    state: ServerState = connection.app.state.lorikeet
+    return state
