@@ -19,13 +19,13 @@ from engine.request import GenerationRequest
 from engine.status import EngineStatus
 
 if TYPE_CHECKING:
+    from adapters.ref import AdapterRef
     from adapters.registry import Registry
     from adapters.sources.local import LocalSource
     from base.model import BaseSpec
     from base.processor import Processor
     from engine.sampling import GrammarSpec
     from engine.stream import Delta, Finish
-    from adapters.ref import AdapterRef
     from server.auth import Gate
     from server.media import MediaLoader
     from server.metrics import Metrics

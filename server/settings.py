@@ -1,0 +1,232 @@
+"""Settings: everything an operator can choose, each with one home, one default, a unit and a reason.
+
+Owns: the names, defaults, ranges and cross-checks. ``server/sources.py`` reads the flags, the environment and the file.
+Does not know: what the values do; it builds the frozen configs that the lower rooms take.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from server.keys import hash_key
+
+if TYPE_CHECKING:
+    from base.config import BaseConfig
+    from engine.config import EngineConfig
+
+MIB = 1 << 20
+
+
+def _split(value: object) -> object:
+    """``a,b`` from a flag or the environment; a list from a file."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _hash(value: object) -> object:
+    return hash_key(value) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+HashedKey = Annotated[str, BeforeValidator(_hash)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MediaPolicy = Literal["auto", "off", "allowlist", "public"]
+
+
+def _set(default: object, unit: str, reason: str) -> Any:
+    """A field with its unit and reason; Any, as pydantic's own ``Field`` returns, so that it fits each annotation."""
+    return Field(default, description=reason, json_schema_extra={"unit": unit}, validate_default=True)
+
+
+class Settings(BaseSettings):
+    """Frozen. Construct directly in tests; ``server.sources.resolve`` adds flags, environment and file."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORIKEET_", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    # fmt: off
+    # ---- where it listens
+    host: str = _set("127.0.0.1", "address", "Only this machine can reach the default; others need keys.")
+    port: Annotated[int, Field(ge=0, le=65535)] = _set(8000, "port", "vLLM's, so clients find it; 0 is any free one.")
+
+    # ---- the base
+    base: str = _set("pocket", "name, hub id or folder", "The embedded base answers without a download.")
+    revision: str | None = _set(None, "branch, tag or commit", "Pins a hub id; none takes its default branch.")
+    quantization: Literal["nf4", "none"] = _set("nf4", "kind", "4 bits let a 7B base fit 8 GB; none is for comparison.")
+    dtype: Literal["bfloat16", "float16", "float32"] = _set("bfloat16", "type", "What the bases were trained in.")
+    device: str = _set("auto", "torch device", "auto is CUDA where there is one, else the CPU.")
+    cpu_linear: Literal["auto", "dequantised", "packed", "unpacked"] = _set(
+        "auto", "kind", "How 4-bit layers compute on a CPU: auto keeps a 16-bit copy where that is small.")
+    min_pixels: Count | None = _set(None, "pixels", "Smallest area an image is resized to; none is the checkpoint's.")
+    max_pixels: Count | None = _set(None, "pixels", "Largest area an image is resized to; none is the checkpoint's.")
+    local_files_only: bool = _set(False, "yes or no", "Yes never asks the hub: for machines without a network.")
+
+    # ---- adapters
+    adapter_root: Paths = _set((), "folders, comma between", "Where packages may be registered from, and what is "
+                               "registered at start; none is the bundled samples.")
+    state_dir: Path | None = _set(None, "folder", "Registry and copied packages; none is a folder of the base's "
+                                  "name in the user's data directory.")
+    num_slots: Count = _set(8, "adapters", "How many are on the device at once; each slot costs max_rank's memory.")
+    max_rank: Annotated[int, Field(ge=1, le=1024)] = _set(64, "rank", "Most published adapters are at or below it.")
+    max_adapter_size: ByteSize = _set(2048 * MIB, "bytes", "A package over it is refused before it is read.")
+    host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")
+    load_on_demand: bool = _set(True, "yes or no", "Whether a request may bring its adapter to the device.")
+    unload_timeout_s: Seconds = _set(30.0, "seconds", "An unload waits so long for the adapter's requests to end.")
+
+    # ---- the engine's budgets
+    kv_memory: ByteSize = _set(256 * MIB, "bytes", "Keys and values of all sequences; it bounds how many run.")
+    vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
+    max_model_len: Count | None = _set(None, "tokens", "Prompt plus output; none is what base and cache allow.")
+    max_batch_tokens: Count = _set(512, "tokens", "Of one step: the longest a prefill may delay the next token.")
+    max_running: Count = _set(64, "requests", "That decode at once.")
+    max_waiting: Count = _set(256, "requests", "In the queue; the next is 429.")
+    max_waiting_tokens: Count = _set(262_144, "prompt tokens", "In the queue; the next is 429.")
+    max_image_patches: Count = _set(16_384, "patches", "Encoded in one step; one larger image still goes alone.")
+    queue_timeout_s: Seconds = _set(120.0, "seconds", "A request that nobody started by then is 504.")
+    request_timeout_s: Seconds = _set(900.0, "seconds", "A request that has not ended by then is cut, 504.")
+
+    # ---- what a client may send
+    max_body: ByteSize = _set(64 * MIB, "bytes", "Of one request; a few photographs as base64 fit.")
+    max_image_bytes: ByteSize = _set(20 * MIB, "bytes", "Of one image, encoded.")
+    max_image_pixels: Count = _set(16_777_216, "pixels", "Of one image, from its header, before it is decoded.")
+    max_images: Count = _set(16, "images", "In one request.")
+    max_request_image_bytes: ByteSize = _set(64 * MIB, "bytes", "Of all images of one request, encoded.")
+    max_request_image_pixels: Count = _set(67_108_864, "pixels", "Of all images of one request.")
+    original_max_pixels: Count = _set(12_845_056, "pixels", "detail=original keeps up to so many: 16,384 tokens.")
+    media_policy: MediaPolicy = _set("auto", "policy", "http(s) images; auto is public on loopback, else allowlist.")
+    media_allowlist: Hosts = _set((), "hosts, comma between", "For that policy; *.example.com takes subdomains.")
+
+    # ---- who may ask
+    api_key: HashedKey | None = _set(None, "secret or sha256:HEX", "One key with every scope. Kept hashed.")
+    api_keys_file: Path | None = _set(None, "TOML file", "[[key]] tables: name, key, scopes, adapters.")
+    insecure_no_auth: bool = _set(False, "yes or no", "Serve other machines without keys, without the admin routes.")
+    allowed_hosts: Hosts = _set((), "hosts, comma between", "Further Host names accepted on a loopback address.")
+
+    # ---- connections and logs
+    keepalive_s: Seconds = _set(15.0, "seconds", "A silent stream sends a comment this often, so proxies keep it.")
+    slow_reader_timeout_s: Seconds = _set(30.0, "seconds", "A client that takes nothing for so long is cut.")
+    drain_timeout_s: Seconds = _set(30.0, "seconds", "On SIGTERM, requests in flight get so long to end.")
+    log_level: Literal["debug", "info", "warning", "error"] = _set("info", "level", "What is written to stderr.")
+    log_format: Literal["text", "json"] = _set("text", "format", "json is for collectors.")
+    # fmt: on
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Nothing is read behind the constructor's back."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Settings:
+        if not (self.is_loopback or self.has_keys or self.insecure_no_auth):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines and no key is set: set api_key or api_keys_file, "
+                "bind 127.0.0.1, or pass --insecure-no-auth if you mean it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> Settings:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback_host(self.host)
+
+    @property
+    def has_keys(self) -> bool:
+        return self.api_key is not None or self.api_keys_file is not None
+
+    @property
+    def resolved_media_policy(self) -> Literal["off", "allowlist", "public"]:
+        if self.media_policy == "auto":
+            return "public" if self.is_loopback else "allowlist"
+        return self.media_policy
+
+    @property
+    def base_slug(self) -> str:
+        """The base's name as a folder name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.base).strip("-.") or "base"
+
+    def origin(self, name: str) -> str:
+        """``flag``, ``environment LORIKEET_X``, ``file NAME`` or ``default``."""
+        return self._origins.get(name, "default")
+
+    def with_origins(self, origins: Mapping[str, str]) -> Settings:
+        self._origins.update(origins)
+        return self
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, origin) of every setting, for the start page; secrets are not shown."""
+        return [(name, self._shown(name), self.origin(name)) for name in type(self).model_fields]
+
+    def _shown(self, name: str) -> str:
+        value: object = getattr(self, name)
+        if name == "api_key":
+            return "set" if value else "none"
+        if isinstance(value, ByteSize):
+            return value.human_readable(separator=" ")
+        if isinstance(value, tuple):
+            return ",".join(map(str, value)) or "none"
+        return "none" if value is None else str(value)
+
+    def base_config(self) -> BaseConfig:
+        from base.config import BaseConfig
+
+        return BaseConfig(
+            source=self.base,
+            revision=self.revision,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            device=self.device,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            cpu_linear=self.cpu_linear,
+            local_files_only=self.local_files_only,
+        )
+
+    def engine_config(self) -> EngineConfig:
+        from engine.config import EngineConfig
+
+        return EngineConfig(
+            num_slots=self.num_slots,
+            max_rank=self.max_rank,
+            kv_bytes=int(self.kv_memory),
+            max_model_len=self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            max_image_patches_per_step=self.max_image_patches,
+            host_adapter_bytes=int(self.host_adapter_memory),
+            vision_cache_bytes=int(self.vision_cache_memory),
+            load_on_demand=self.load_on_demand,
+        )
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether binding to it keeps other machines out."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
