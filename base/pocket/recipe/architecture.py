@@ -17,16 +17,20 @@ from base.pocket.recipe.tokenizer import VOCAB_SIZE
 
 MIN_PIXELS: Final = 112 * 112
 MAX_PIXELS: Final = 112 * 140
+SPECIAL_NAMES: Final = (
+    "im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end",
+)  # fmt: skip
 ROPE_THETA: Final = 20.0  # fast enough that the width section tells neighbouring columns of a small grid apart
 
 
 def build_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
     """The configuration, with the token ids of `tokenizer`."""
+    special = {name: _token_id(tokenizer, f"<|{name}|>") for name in SPECIAL_NAMES}
     text = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
         "initializer_range": 0.04, "tie_word_embeddings": True, "bos_token_id": None,
-        "eos_token_id": tokenizer.token_to_id("<|im_end|>"), "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": special["im_end"], "pad_token_id": special["endoftext"],
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [8, 12, 12]},
     }  # fmt: skip
     vision = {
@@ -38,14 +42,17 @@ def build_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
-        bos_token_id=None,
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        image_token_id=special["image_pad"],
+        video_token_id=special["video_pad"],
+        vision_start_token_id=special["vision_start"],
+        vision_end_token_id=special["vision_end"],
     )
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return int(found)
 
 
 def save_processing(folder: Path, tokenizer: Tokenizer) -> None:

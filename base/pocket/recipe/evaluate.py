@@ -11,15 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from tokenizers import Tokenizer
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
 from base.pocket import CHECKPOINT
 from base.pocket.recipe.data import HELD_OUT_SEED, Mixture, make_example
 from base.pocket.recipe.quantise import SKIPPED
-from base.pocket.recipe.rows import TEXT
-from base.pocket.recipe.scenes import Picture
+from base.pocket.recipe.rows import TEXT, Batch
 from base.pocket.recipe.scoring import Score, Sight, score
 
 SIGHTS: tuple[Sight, ...] = ("real", "blank", "swapped")
@@ -34,13 +33,14 @@ def load_in_4_bits(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Qwen2_5
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(SKIPPED),
     )
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model: Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, quantization_config=quantization, dtype=dtype, device_map="cpu"
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # its repacking on the first pass would end all gradients
-    return model.eval()
+    model.eval()
+    return model
 
 
 def generated_share(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, num_batches: int) -> float:
@@ -48,20 +48,19 @@ def generated_share(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokeni
     right, total = 0, 0
     for index in range(num_batches):
         example = make_example(tokenizer, Mixture(num_pictures=16, num_text_rows=0), HELD_OUT_SEED + index)
-        for row, picture in enumerate(example.pictures):
-            right += _generates(model, tokenizer, example.batch, row, picture)
-            total += 1
+        right += sum(_generates(model, example.batch, row) for row in range(len(example.pictures)))
+        total += len(example.pictures)
     return right / total
 
 
-def _generates(model, tokenizer, batch, row: int, picture: Picture) -> bool:  # type: ignore[no-untyped-def]
+def _generates(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, row: int) -> bool:
     """Whether greedy generation from the first question of a row gives the row's first answer."""
     labels, answers = batch.labels[row], batch.answers[row]
     first = int(answers[answers >= 0].min())
     wanted = labels[answers == first].tolist()
     prompt = batch.ids[row, : int((answers == first).nonzero()[0]) + 1][None]
     is_picture = (batch.picture[row, : prompt.shape[1]] != TEXT)[None]
-    found = model.generate(
+    found = model.generate(  # type: ignore[misc]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         mm_token_type_ids=is_picture.int(),
@@ -95,8 +94,8 @@ def main() -> None:
     generated = generated_share(model, tokenizer, max(1, args.batches // 4))
     print(f"generated: exact={generated:.4f} of {found['real'].num_questions} held-out questions asked above")
     if args.write:
-        figures = {sight: asdict(value) for sight, value in found.items()}
-        args.write.write_text(json.dumps({**figures, "generated_exact": generated}, indent=1) + "\n")
+        written = {**{str(sight): asdict(value) for sight, value in found.items()}, "generated_exact": generated}
+        args.write.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

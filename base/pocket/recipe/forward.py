@@ -8,11 +8,17 @@ equal to transformers' forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLVisionAttention,
+    Qwen2_5_VLVisionBlock,
+)
 
 from base.pocket.recipe.pixels import MERGE
 from base.pocket.recipe.rows import IGNORED, TEXT, Batch
@@ -31,7 +37,7 @@ class Output:
     middle: Tensor  # [B, L, H] the language model's states after its second layer
 
 
-def see(visual: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+def see(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Picture tokens [P, M, H] of patches [P, N, 1176], N = down * across, M = N / 4."""
     down, across = grid
     weight = visual.patch_embed.proj.weight
@@ -40,11 +46,12 @@ def see(visual: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     cos, sin = visual.rotary_pos_emb(hidden, torch.stack((rows, columns), dim=1))
     window = (rows // (MERGE * WINDOW)) * across + columns // (MERGE * WINDOW)
     same_window = window[:, None] == window[None, :]
-    for index, block in enumerate(visual.blocks):
+    for index, block in enumerate(cast("list[Qwen2_5_VLVisionBlock]", visual.blocks)):
         mask = None if index in visual.fullatt_block_indexes else same_window
         hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, mask)
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return visual.merger(hidden).view(len(pixels), down * across // MERGE**2, -1)
+    merged: Tensor = visual.merger(hidden)
+    return merged.view(len(pixels), down * across // MERGE**2, -1)
 
 
 def _coordinates(down: int, across: int) -> tuple[Tensor, Tensor]:
@@ -53,13 +60,16 @@ def _coordinates(down: int, across: int) -> tuple[Tensor, Tensor]:
     return index // across, index % across
 
 
-def _attend(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(
+    attention: Qwen2_5_VLVisionAttention, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+) -> Tensor:
     pictures, patches, width = hidden.shape
     qkv = attention.qkv(hidden).view(pictures, patches, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return attention.proj(mixed.transpose(1, 2).reshape(pictures, patches, width))
+    projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(pictures, patches, width))
+    return projected
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def patchify(image: Image.Image) -> tuple[npt.NDArray[np.float32], tuple[int, in
     """Patches [N, 1176] float32 in merged order (2 x 2 patches together), and their grid (down, across)."""
     down, across = patch_grid(image)
     resized = image.convert("RGB").resize((across * PATCH, down * PATCH), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(resized, dtype=np.float32) / 255 - MEAN) / STD
+    pixels = ((np.asarray(resized, dtype=np.float32) / 255 - MEAN) / STD).astype(np.float32)
     blocks = pixels.reshape(down // MERGE, MERGE, PATCH, across // MERGE, MERGE, PATCH, 3)
     ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # gh gw mh mw C 1 ph pw
     frames = np.broadcast_to(ordered, (*ordered.shape[:5], 2, PATCH, PATCH))

@@ -86,8 +86,8 @@ def save_tokenizer(folder: Path) -> Tokenizer:
 def corpus() -> Iterator[str]:
     """All sentences the model will meet, in every spelling it will meet them in."""
     rng = Random(7)
-    for answer, asked in smalltalk.INTENTS.items():
-        yield from (answer, *asked, *(text.lower() for text in asked))
+    for answer, spellings in smalltalk.INTENTS.items():
+        yield from (answer, *spellings, *(text.lower() for text in spellings))
     yield from (*smalltalk.SYSTEM_PROMPTS, smalltalk.NO_PICTURE, "Please tell me: what", "system", "user", "assistant")
     for _ in range(3000):
         scene = scenes.sample_scene(rng, fills=scenes.FILLS)

@@ -118,7 +118,7 @@ class Trainer:
         self.model = model
         self.tokenizer = tokenizer
         self.schedule = schedule
-        self.heads = Heads(model.config.text_config.hidden_size)
+        self.heads = Heads(model.lm_head.in_features)
         self.step = 0
         self.parameters = [*model.parameters(), *self.heads.parameters()]
         matrices = [p for p in self.parameters if p.ndim > 1]
@@ -203,7 +203,8 @@ def train(out: Path, schedule: Schedule, state: Path) -> None:
     trainer = Trainer(model, tokenizer, schedule)
     if state.exists():
         trainer.load(state)
-    started, sums = time.monotonic(), defaultdict(float)
+    started = time.monotonic()
+    sums: dict[str, float] = defaultdict(float)
     while trainer.step < schedule.steps:
         for name, loss in trainer.advance().items():
             sums[name] += loss
