@@ -21,15 +21,11 @@ PARTS: tuple[Part, ...] = ("language", "vision", "merger")
 _LAYOUT: tuple[tuple[Part, re.Pattern[str]], ...] = (
     (
         "language",
-        re.compile(
-            r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-        ),
+        re.compile(r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"),
     ),
     (
         "vision",
-        re.compile(
-            r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)"
-        ),
+        re.compile(r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)"),
     ),
     ("merger", re.compile(r"model\.visual\.merger\.mlp\.[02]")),
 )
@@ -63,11 +59,7 @@ def discover_sites(module: nn.Module) -> dict[str, Site]:
     Asks for ``in_features`` and ``out_features`` only, so it works on the meta device, over 4-bit linears, and over
     linears that adapters are already attached to. Raises ValueError if the module has no such linears.
     """
-    sites = {
-        name: site
-        for name, child in module.named_modules()
-        if (site := _site(name, child)) is not None
-    }
+    sites = {name: site for name, child in module.named_modules() if (site := _site(name, child)) is not None}
     if not sites:
         raise ValueError(
             f"{type(module).__name__} has no linear that an adapter may change; is it a Qwen2.5-VL?"
@@ -78,6 +70,13 @@ def discover_sites(module: nn.Module) -> dict[str, Site]:
 def _site(name: str, child: nn.Module) -> Site | None:
     for part, pattern in _LAYOUT:
         if pattern.fullmatch(name):
-            linear = child if hasattr(child, "in_features") else child.base
-            return Site(name, int(linear.in_features), int(linear.out_features), part)  # type: ignore[arg-type]
+            linear = child if hasattr(child, "in_features") else child.get_submodule("base")
+            return Site(name, _width(linear, "in_features"), _width(linear, "out_features"), part)
     return None
+
+
+def _width(linear: nn.Module, attribute: str) -> int:
+    width = getattr(linear, attribute)
+    if not isinstance(width, int):
+        raise TypeError(f"{type(linear).__name__}.{attribute} is not a whole number")
+    return width

@@ -1,18 +1,31 @@
 """AdapterWeights: one adapter as numbers, ready for a slot.
 
 Owns the last step from file to memory: every key layout normalised to sites, the scale folded into B once, in fp32.
-Does not check what ``validation`` has checked, and knows no device: the mover copies what this returns into slots.
+Does not check numbers again, which ``validation`` has done, and knows no device: the mover copies what this returns
+into slots.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
+from adapters.content import read_bits, to_float32
+from adapters.errors import AdapterRejected, RejectReason, SourceRejected
+from adapters.package import WEIGHTS_NAME, open_package_file, package_digest
+from adapters.placement import Placement
+from adapters.safetensors_header import TensorInfo
 from adapters.sites import SiteTable
+from adapters.validation import Limits, place_package, read_manifest
+
+_ACCEPTED = Limits(*[sys.maxsize] * 5)
+"""Its sizes were judged when it was accepted, by the limits of that day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +36,14 @@ class SiteWeights:
     b: Tensor  # [out, R] float32, scale folded in
     magnitude: Tensor | None  # [out] float32; DoRA only
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.a, self.b, self.magnitude) if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """All sites that one adapter touches. ``num_bytes`` is what it takes on the host, in fp32."""
+    """All sites that one adapter changes; ``num_bytes`` is what it takes on the host, in fp32."""
 
     sites: Mapping[str, SiteWeights]
     num_bytes: int
@@ -34,6 +51,45 @@ class AdapterWeights:
     digest: str
 
 
-def load_weights(folder: Path, sites: SiteTable) -> AdapterWeights:
-    """The weights of a package that ``check_package`` has accepted against the same sites."""
-    raise NotImplementedError
+def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> AdapterWeights:
+    """The weights of a package that ``check_package`` has accepted against the same sites.
+
+    Names, shapes and offsets are taken through the same code as the check. ``digest`` saves hashing where the caller
+    knows it. Raises AdapterRejected or SourceRejected if the package is gone or is not what was accepted.
+    """
+    try:
+        manifest = read_manifest(folder, _ACCEPTED)
+        with open_package_file(folder, WEIGHTS_NAME) as file:
+            placements = place_package(file, manifest, sites, _ACCEPTED)
+            loaded = {placement.site.name: _load_site(file, placement) for placement in placements}
+    except FileNotFoundError:
+        raise AdapterRejected(RejectReason.MISSING_FILE, "the package is no longer in the store") from None
+    except OSError as error:
+        raise SourceRejected(f"the package cannot be read: {error.strerror}") from None
+    acting = {name: weights for name, weights in loaded.items() if weights is not None}
+    if not acting:
+        raise AdapterRejected(
+            RejectReason.NO_EFFECT, "the adapter changes nothing: B @ A is zero at every site"
+        )
+    return AdapterWeights(
+        sites=acting,
+        num_bytes=sum(weights.num_bytes for weights in acting.values()),
+        max_rank=max(weights.a.shape[0] for weights in acting.values()),
+        digest=digest or package_digest(folder),
+    )
+
+
+def _load_site(file: BinaryIO, placement: Placement) -> SiteWeights | None:
+    """None where the adapter adds exactly nothing, e.g. at sites that were frozen in training."""
+    a = _read(file, placement.a)
+    b = _read(file, placement.b).mul_(placement.scale)
+    if placement.magnitude is not None:
+        return SiteWeights(a, b, _read(file, placement.magnitude))
+    if not a.any() or not b.any():
+        return None
+    return SiteWeights(a, b, None)
+
+
+def _read(file: BinaryIO, info: TensorInfo) -> Tensor:
+    values = to_float32(read_bits(file, info), info.dtype)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
