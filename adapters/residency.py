@@ -1,0 +1,225 @@
+"""Residency: which adapter is in which device slot, and which comes and goes next.
+
+Owns the tier DEVICE, pins and holds: integers and refs, no tensors. Decides and does not act: ``plan`` returns moves, the
+mover carries them out, and its results come back through ``settle``. The engine's thread only.
+
+A slot's life: free -> loading (planned, nobody may use it) -> resident (visible at a step boundary) -> free. A held slot
+(sequences run on it), a pinned one, one that is loading and one that is asked for in the same plan never leave. Of the
+rest the least recently used leaves, with one exception that keeps a scan over many adapters from washing out those in
+steady use: up to half the slots are kept for the most recently used adapters that were held twice or more since they
+came; they leave only when nothing else can.
+
+Place in a request's way: step 5, where a sequence whose adapter is not on the device waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from adapters.errors import AdapterBusy, AdapterError
+from adapters.ref import AdapterRef
+
+
+class Tier(StrEnum):
+    """Where an adapter's weights are, slowest first."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    ref: AdapterRef
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    ref: AdapterRef
+    slot: int
+
+
+Move = Load | Evict
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The weights are in the slot."""
+
+    move: Load
+    num_bytes: int
+    seconds: Mapping[str, float]
+    """By stage: ``read`` (from disk, checked and prepared; 0 from the host tier) and ``copy`` (into the slot)."""
+    origin: Tier = Tier.DISK
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed:
+    """The slot is empty."""
+
+    move: Load
+    error: AdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    slot: int
+    ref: AdapterRef
+    is_pinned: bool
+    num_holds: int
+
+
+@dataclass(slots=True)
+class _Seat:
+    """What is known of one taken slot."""
+
+    slot: int
+    is_resident: bool = False
+    num_holds: int = 0
+    num_uses: int = 0  # holds since it came
+    last_used: int = 0  # tick
+
+
+class Residency:
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; at least one slot is needed to serve adapters")
+        self._num_slots = num_slots
+        self._seats: dict[AdapterRef, _Seat] = {}
+        self._pins: set[AdapterRef] = set()
+        self._clock = itertools.count(1)
+
+    # ---- deciding ----------------------------------------------------------------------------------------------
+
+    def plan(self, wanted: Sequence[AdapterRef]) -> tuple[Move, ...]:
+        """Moves that bring as many of ``wanted`` (most urgent first) to the device as can come; () when none can.
+
+        From here on the slots of the returned loads count as taken: call it again with the same refs and it returns
+        nothing. The mover gets all moves, in order; an Evict stands before the Load into its slot.
+        """
+        moves: list[Move] = []
+        keep = set(wanted)
+        for ref in dict.fromkeys(wanted):
+            if ref.is_base or ref in self._seats:
+                continue
+            evict = None if self._free_slots() else self._evict_one(keep)
+            if evict is None and not self._free_slots():
+                break
+            load = Load(ref, min(self._free_slots()))
+            self._seats[ref] = _Seat(load.slot)
+            moves += [load] if evict is None else [evict, load]
+        return tuple(moves)
+
+    def _evict_one(self, keep: set[AdapterRef]) -> Evict | None:
+        candidates = [ref for ref in self._seats if ref not in keep and self._may_leave(ref)]
+        if not candidates:
+            return None
+        sheltered = self._sheltered()
+        victim = min(candidates, key=lambda ref: (ref in sheltered, self._seats[ref].last_used))
+        return Evict(victim, self._seats.pop(victim).slot)
+
+    def _may_leave(self, ref: AdapterRef) -> bool:
+        seat = self._seats[ref]
+        return seat.is_resident and seat.num_holds == 0 and ref not in self._pins
+
+    def _sheltered(self) -> frozenset[AdapterRef]:
+        """The adapters in steady use: at most half the slots."""
+        steady = [ref for ref, seat in self._seats.items() if seat.num_uses > 1]
+        steady.sort(key=lambda ref: self._seats[ref].last_used, reverse=True)
+        return frozenset(steady[: self._num_slots // 2])
+
+    def _free_slots(self) -> set[int]:
+        return set(range(self._num_slots)) - {seat.slot for seat in self._seats.values()}
+
+    def settle(self, result: Moved | MoveFailed) -> None:
+        """Make a finished load visible, or forget a failed one. A failed ref is loaded again only if asked for again.
+
+        Raises ValueError for a load that this residency did not plan or has already settled.
+        """
+        seat = self._seats.get(result.move.ref)
+        if seat is None or seat.is_resident or seat.slot != result.move.slot:
+            raise ValueError(f"{result.move.ref} is not loading into slot {result.move.slot}")
+        if isinstance(result, MoveFailed):
+            del self._seats[result.move.ref]
+            return
+        seat.is_resident = True
+        seat.last_used = next(self._clock)
+
+    def drop(self, ref: AdapterRef) -> Evict | None:
+        """Free the adapter's slot and its pin, for an unload; None if it has no slot.
+
+        Raises AdapterBusy while sequences hold it or its load is under way.
+        """
+        seat = self._seats.get(ref)
+        if seat is not None and (seat.num_holds or not seat.is_resident):
+            raise AdapterBusy(ref.name, seat.num_holds)
+        self._pins.discard(ref)
+        return None if seat is None else Evict(ref, self._seats.pop(ref).slot)
+
+    # ---- holds and pins ----------------------------------------------------------------------------------------
+
+    def hold(self, ref: AdapterRef) -> int:
+        """Keep a resident adapter in its slot, which is returned, until as many ``release`` calls."""
+        seat = self._resident_seat(ref)
+        seat.num_holds += 1
+        seat.num_uses += 1
+        seat.last_used = next(self._clock)
+        return seat.slot
+
+    def release(self, ref: AdapterRef) -> None:
+        seat = self._resident_seat(ref)
+        if seat.num_holds == 0:
+            raise ValueError(f"{ref} is released more often than held")
+        seat.num_holds -= 1
+        seat.last_used = next(self._clock)
+
+    def _resident_seat(self, ref: AdapterRef) -> _Seat:
+        seat = self._seats.get(ref)
+        if seat is None or not seat.is_resident:
+            raise ValueError(f"{ref} is not resident")
+        return seat
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Never evict it. It may be pinned before it comes, and stays pinned until ``unpin`` or ``drop``."""
+        self._pins.add(ref)
+
+    def unpin(self, ref: AdapterRef) -> None:
+        self._pins.discard(ref)
+
+    # ---- asking ------------------------------------------------------------------------------------------------
+
+    def slot_of(self, ref: AdapterRef) -> int | None:
+        """None unless resident, that is, visible to new sequences."""
+        seat = self._seats.get(ref)
+        return seat.slot if seat is not None and seat.is_resident else None
+
+    def num_holds(self, ref: AdapterRef) -> int:
+        seat = self._seats.get(ref)
+        return 0 if seat is None else seat.num_holds
+
+    def is_loading(self, ref: AdapterRef) -> bool:
+        seat = self._seats.get(ref)
+        return seat is not None and not seat.is_resident
+
+    def can_ever_load(self, ref: AdapterRef) -> bool:
+        """Whether waiting can help: it has a slot already, or some slot is not pinned."""
+        return ref in self._seats or sum(other in self._pins for other in self._seats) < self._num_slots
+
+    def residents(self) -> tuple[Resident, ...]:
+        """By slot."""
+        return tuple(
+            Resident(seat.slot, ref, ref in self._pins, seat.num_holds)
+            for ref, seat in self._by_slot()
+            if seat.is_resident
+        )
+
+    def loading(self) -> tuple[Load, ...]:
+        """By slot."""
+        return tuple(Load(ref, seat.slot) for ref, seat in self._by_slot() if not seat.is_resident)
+
+    def _by_slot(self) -> list[tuple[AdapterRef, _Seat]]:
+        return sorted(self._seats.items(), key=lambda item: item[1].slot)
