@@ -31,10 +31,10 @@ class AttentionPlan:
     """S: keys visible to each segment's last token, that is cached ones and this step's."""
     block_tables: tuple[tuple[int, ...], ...]
     """S rows of block ids; each covers its context length."""
-    slot_mapping: Tensor  # [T] int64: block id * block_size + offset, where each token's key and value are written
-    key_cache: tuple[
-        Tensor, ...
-    ]  # L of [num_blocks, block_size, num_kv_heads, head_dim]; written in place
+    slot_mapping: (
+        Tensor  # [T] int64: block id * block_size + offset, where each token's key and value are written
+    )
+    key_cache: tuple[Tensor, ...]  # L of [num_blocks, block_size, num_kv_heads, head_dim]; written in place
     value_cache: tuple[Tensor, ...]  # as key_cache
     block_size: int
 
@@ -82,9 +82,7 @@ def attend_paged(
 
 def _store(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Write rows [1, heads, T, dim] into the cache at flat ``slots`` [T]."""
-    cache.view(-1, *cache.shape[2:]).index_copy_(
-        0, slots, rows[0].transpose(0, 1).to(cache.dtype)
-    )
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows[0].transpose(0, 1).to(cache.dtype))
 
 
 def _gather(cache: Tensor, table: tuple[int, ...], length: int) -> Tensor:
@@ -95,16 +93,12 @@ def _gather(cache: Tensor, table: tuple[int, ...], length: int) -> Tensor:
     return rows.transpose(0, 1).unsqueeze(0)
 
 
-def _attend_segment(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float
-) -> Tensor:
+def _attend_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Causal attention of the last ``query`` tokens over all keys: [1, num_heads, tokens, head_dim]."""
     num_new, length = query.shape[2], key.shape[2]
     mask = None
     if 1 < num_new < length:
-        mask = torch.ones(num_new, length, dtype=torch.bool, device=query.device).tril(
-            length - num_new
-        )
+        mask = torch.ones(num_new, length, dtype=torch.bool, device=query.device).tril(length - num_new)
     return functional.scaled_dot_product_attention(
         query,
         key,

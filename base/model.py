@@ -91,12 +91,8 @@ class BaseModel:
 
         An image's rows do not depend on the other images of the call.
         """
-        grid_thw = torch.tensor(grids, dtype=torch.int64, device=pixels.device).reshape(
-            -1, 3
-        )
-        embeds: Tensor = self.module.model.visual(
-            pixels.to(self.dtype), grid_thw=grid_thw
-        ).pooler_output
+        grid_thw = torch.tensor(grids, dtype=torch.int64, device=pixels.device).reshape(-1, 3)
+        embeds: Tensor = self.module.model.visual(pixels.to(self.dtype), grid_thw=grid_thw).pooler_output
         return embeds
 
     @torch.no_grad()
@@ -108,9 +104,7 @@ class BaseModel:
         output = self.module.model.language_model(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=positions.unsqueeze(1),
-            attention_mask={
-                "full_attention": None
-            },  # ready-made: nothing is built, the plan says it all
+            attention_mask={"full_attention": None},  # ready-made: nothing is built, the plan says it all
             use_cache=False,
             plan=plan,
         )

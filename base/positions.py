@@ -31,9 +31,7 @@ def mrope_positions(
     for number, grid in enumerate(grids):
         begin = _find(ids, image_token_id, index)
         t, h, w = grid[0], grid[1] // merge_size, grid[2] // merge_size
-        if begin is None or any(
-            token != image_token_id for token in ids[begin : begin + t * h * w]
-        ):
+        if begin is None or any(token != image_token_id for token in ids[begin : begin + t * h * w]):
             raise InvalidImageCount(number, len(grids))
         pieces.append(_text_positions(start, begin - index))
         start += begin - index
