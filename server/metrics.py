@@ -1,0 +1,163 @@
+"""Metrics: the engine's events and the wire's requests, as Prometheus series.
+
+Owns: which event moves which series. Implements ``engine.observer.Observer``. Place in a request's way: beside it;
+nothing in a request waits for it. Labels are bounded by ``AdapterLabels``; a client's string never becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+
+from adapters.ref import AdapterRef
+from engine.observer import (
+    AdapterEvicted,
+    AdapterLookup,
+    AdapterMoved,
+    AdapterMoveFailed,
+    DecodeStalled,
+    Event,
+    FirstToken,
+    ImageLookup,
+    ImagesEncoded,
+    NextToken,
+    SequenceEnded,
+    SequenceStarted,
+    StepDone,
+    StepRetried,
+)
+from engine.status import EngineStatus
+from server.gauges import EngineFacts, StatusCollector
+from server.instruments import Instruments, TokenCounters
+from server.labels import AdapterLabels
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNMATCHED = "unmatched"
+"""Route label of a path that no route has."""
+
+
+class Metrics:
+    """``record`` is called on the engine's thread, the rest on the event loop."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._instruments = Instruments(self._registry)
+        self._tokens: dict[str, TokenCounters] = {}
+        self.labels = AdapterLabels(self._drop)
+
+    def watch(
+        self,
+        num_slots: int,
+        block_size: int,
+        status: Callable[[], EngineStatus],
+        is_ready: Callable[[], bool],
+    ) -> None:
+        """Serve the gauges of an engine; called once, when it is built."""
+        facts = EngineFacts(self._model_name, num_slots, block_size)
+        self._registry.register(StatusCollector(facts, self.labels, status, is_ready))
+
+    def render(self) -> bytes:
+        """The text exposition, format 0.0.4."""
+        text: bytes = generate_latest(self._registry)
+        return text + self._instruments.render_tables().encode()
+
+    def forget(self, ref: AdapterRef) -> None:
+        """The adapter is gone: so are its series."""
+        self.labels.forget(ref)
+
+    def count_http(self, route: str | None, method: str, status: int) -> None:
+        """One answered request; ``route`` is the route's template, None where no route matched."""
+        known = method if method in _METHODS else "OTHER"
+        self._instruments.http_requests.labels(route or UNMATCHED, known, str(status)).inc()
+
+    def _drop(self, label: str) -> None:
+        self._tokens.pop(label, None)
+        self._instruments.drop(label)
+
+    def _tokens_of(self, label: str) -> TokenCounters:
+        tokens = self._tokens.get(label)
+        if tokens is None:
+            tokens = self._tokens[label] = self._instruments.tokens(label)
+        return tokens
+
+    # ---- the observer ------------------------------------------------------------------------------------------
+
+    def record(self, event: Event) -> None:
+        match event:
+            case NextToken():
+                self._next_token(event)
+            case StepDone():
+                self._step(event)
+            case FirstToken():
+                self._first_token(event)
+            case SequenceStarted():
+                self._instruments.queue.observe(self.labels.label(event.adapter), event.queue_s)
+            case SequenceEnded():
+                self._ended(event)
+            case _:
+                self._record_rare(event)
+
+    def _record_rare(self, event: Event) -> None:
+        counters = self._instruments
+        match event:
+            case AdapterLookup():
+                self._looked_up(event)
+            case AdapterMoved():
+                self._moved(event)
+            case AdapterMoveFailed():
+                counters.adapter_loads.labels("failed").inc()
+                counters.adapter_load_failures.labels(event.reason).inc()
+            case AdapterEvicted():
+                counters.adapter_evictions.labels("device", event.reason).inc()
+            case ImageLookup():
+                (counters.image_hits if event.was_cached else counters.image_misses).inc()
+            case ImagesEncoded():
+                counters.image_encode.observe(event.seconds)
+            case DecodeStalled():
+                counters.decode_stall.labels(event.cause).observe(event.seconds)
+            case StepRetried():
+                counters.step_retries.inc()
+
+    def _next_token(self, event: NextToken) -> None:
+        label = self.labels.label(event.adapter)
+        self._instruments.next_token.observe(label, event.seconds)
+        self._instruments.vllm_next_token.observe(self._model_name, event.seconds)
+        self._tokens_of(label).generation.inc()
+
+    def _first_token(self, event: FirstToken) -> None:
+        label = self.labels.label(event.adapter)
+        self._instruments.first_token.observe(label, event.seconds)
+        self._instruments.vllm_first_token.observe(self._model_name, event.seconds)
+        self._instruments.prefix_misses.inc(event.num_prompt_tokens)
+        tokens = self._tokens_of(label)
+        tokens.prompt.inc(event.num_prompt_tokens)
+        tokens.generation.inc()
+
+    def _ended(self, event: SequenceEnded) -> None:
+        label = self.labels.label(event.adapter)
+        self._instruments.latency.observe(label, event.seconds)
+        self._instruments.vllm_latency.observe(self._model_name, event.seconds)
+        self._instruments.requests.labels(label, event.reason).inc()
+
+    def _step(self, event: StepDone) -> None:
+        for phase, seconds in event.seconds.items():
+            self._instruments.step.labels(phase).observe(seconds)
+        self._instruments.batch_rows.observe(event.num_decode_rows)
+        self._instruments.batch_adapters.observe(event.num_distinct_adapters)
+
+    def _looked_up(self, event: AdapterLookup) -> None:
+        self.labels.use(event.ref)
+        if not event.ref.is_base:
+            counter = (
+                self._instruments.adapter_hits if event.was_on_device else self._instruments.adapter_misses
+            )
+            counter.labels("device").inc()
+
+    def _moved(self, event: AdapterMoved) -> None:
+        self._instruments.adapter_loads.labels("ok").inc()
+        for stage, seconds in event.seconds.items():
+            self._instruments.adapter_load.labels(stage).observe(seconds)
