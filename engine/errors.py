@@ -8,6 +8,7 @@ EngineError
 ├── DeadlineExceeded     a queue, first-token or total deadline passed
 ├── NumericalError       the model gave NaN for this request alone
 ├── AdapterUnavailable   its adapter could not be loaded (carries the AdapterError)
+├── GrammarError         its schema or grammar cannot be compiled, or cannot be followed any further
 └── StepFailed           this request made its step throw
 """
 
@@ -51,6 +52,10 @@ class AdapterUnavailable(EngineError):
     def __init__(self, ref_text: str, cause: Exception) -> None:
         self.cause = cause
         super().__init__(f"adapter {ref_text} could not be loaded: {cause}")
+
+
+class GrammarError(EngineError):
+    pass
 
 
 class StepFailed(EngineError):

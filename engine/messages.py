@@ -80,7 +80,8 @@ class UnloadReport:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithms, after penalties and bias, before temperature and truncation (vLLM's raw_logprobs)."""
+    """Natural logarithms of the model's own distribution: before bias, penalties, masks, temperature and truncation
+    (vLLM's default, raw_logprobs). A probability of 0 is reported as -9999."""
 
     token_id: int
     logprob: float

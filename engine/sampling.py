@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+MIN_TEMPERATURE: Final = 1e-5
+"""Below it, sampling is greedy: the likeliest token's share is 1 in float64 anyway (vLLM's bound)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class SamplingParams:
     max_tokens: int
     min_tokens: int = 0
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is anything below MIN_TEMPERATURE."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all."""
@@ -41,4 +44,4 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
