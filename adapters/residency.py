@@ -1,12 +1,12 @@
 """Residency: which adapter is in which device slot, and which comes and goes next.
 
-Owns the tier DEVICE, pins and holds: integers and refs, no tensors. Decides and does not act: ``plan`` returns moves, the
-mover carries them out, and its results come back through ``settle``. The engine's thread only.
+Owns the tier DEVICE, pins and holds: integers and refs, no tensors. Decides and does not act: ``plan`` returns moves,
+the mover carries them out, and its results come back through ``settle``. The engine's thread only.
 
-A slot's life: free -> loading (planned, nobody may use it) -> resident (visible at a step boundary) -> free. A held slot
-(sequences run on it), a pinned one, one that is loading and one that is asked for in the same plan never leave. Of the
-rest the least recently used leaves, with one exception that keeps a scan over many adapters from washing out those in
-steady use: up to half the slots are kept for the most recently used adapters that were held twice or more since they
+A slot's life: free -> loading (planned, nobody may use it) -> resident (visible at a step boundary) -> free. A held
+slot (sequences run on it), a pinned one, one that is loading and one that is asked for in the same plan never leave. Of
+the rest the least recently used leaves, with one exception that keeps a scan over many adapters from washing out those
+in steady use: up to half the slots are kept for the most recently used adapters that were held twice or more since they
 came; they leave only when nothing else can.
 
 Place in a request's way: step 5, where a sequence whose adapter is not on the device waits.

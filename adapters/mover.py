@@ -1,0 +1,237 @@
+"""Mover: carries out the residency's moves: reads adapters on its own threads, keeps the host tier, writes slots.
+
+Owns the tier HOST (prepared adapters, bounded in bytes, least recently used leaves) and the reads under way. Decides
+nothing: which adapter goes into which slot is the residency's. One read serves all who want the same content.
+
+Reads run beside the steps; what a step waits for is the copy into a slot, in ``finished``, at a step's boundary.
+
+Place in a request's way: step 5.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from adapters.errors import AdapterError, InsufficientMemory
+from adapters.ref import AdapterRef
+from adapters.residency import Evict, Load, Move, Moved, MoveFailed, Tier
+from adapters.slots import SlotBank
+from adapters.staging import StagedAdapter
+from adapters.weights import AdapterWeights
+
+logger = logging.getLogger("lorikeet.adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A load whose outcome is known and whose slot is not yet written."""
+
+    load: Load
+    outcome: StagedAdapter | AdapterError
+    read_s: float
+    origin: Tier
+
+
+@dataclass(slots=True)
+class _Read:
+    """One read under way, and the loads that wait for it."""
+
+    begin_s: float
+    loads: list[Load] = field(default_factory=list)
+    keeps: bool = True  # False once its content was forgotten: it then passes the host tier by
+
+
+class HostTier:
+    """Prepared adapters by content digest, in the order of their last use. Not thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
+        self._refs: dict[str, set[AdapterRef]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(staged.num_bytes for staged in self._staged.values())
+
+    def refs(self) -> frozenset[AdapterRef]:
+        return frozenset(ref for digest in self._staged for ref in self._refs[digest])
+
+    def __contains__(self, ref: AdapterRef) -> bool:
+        return ref.digest in self._staged
+
+    def get(self, ref: AdapterRef) -> StagedAdapter | None:
+        staged = self._staged.get(ref.digest)
+        if staged is not None:
+            self._staged.move_to_end(ref.digest)
+            self._refs[ref.digest].add(ref)
+        return staged
+
+    def put(self, ref: AdapterRef, staged: StagedAdapter) -> None:
+        """Keep it, and let others go for it; one that is larger than the whole tier is not kept."""
+        if staged.num_bytes > self._max_bytes:
+            return
+        self.pop(ref)
+        while self.num_bytes + staged.num_bytes > self._max_bytes:
+            digest, _ = self._staged.popitem(last=False)
+            del self._refs[digest]
+        self._staged[ref.digest] = staged
+        self._refs[ref.digest] = {ref}
+
+    def pop(self, ref: AdapterRef) -> int:
+        """The bytes that it freed."""
+        staged = self._staged.pop(ref.digest, None)
+        self._refs.pop(ref.digest, None)
+        return 0 if staged is None else staged.num_bytes
+
+
+class Mover:
+    """The engine thread's; only the host tier's figures and ``prefetch`` are anyone's."""
+
+    def __init__(
+        self,
+        bank: SlotBank,
+        read: Callable[[AdapterRef], AdapterWeights],
+        host_bytes: int,
+        on_ready: Callable[[], None],
+        num_threads: int = 2,
+    ) -> None:
+        """read is called from the mover's threads, and so is on_ready: ``finished`` has something to return."""
+        self._bank = bank
+        self._read = read
+        self._on_ready = on_ready
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lorikeet-mover")
+        self._lock = threading.Lock()  # guards the three below; never held while reading or copying
+        self._host = HostTier(host_bytes)
+        self._reads: dict[str, _Read] = {}
+        self._ready: list[_Ready] = []
+        self._loading: dict[int, Load] = {}  # by slot; the engine's thread only
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------
+
+    def start(self, moves: Sequence[Move]) -> None:
+        """Carry out in order: an Evict empties its slot now, a Load begins and ends in a later ``finished``.
+
+        Raises ValueError for a move that contradicts one under way or a slot's content.
+        """
+        for move in moves:
+            if move.slot in self._loading:
+                raise ValueError(f"slot {move.slot} is loading {self._loading[move.slot].ref}: {move}")
+            if isinstance(move, Evict):
+                self._bank.clear(move.slot)
+                continue
+            if self._bank.is_loaded(move.slot):
+                raise ValueError(f"slot {move.slot} is not empty: {move}")
+            self._loading[move.slot] = move
+            self._begin(move)
+
+    def _begin(self, load: Load) -> None:
+        with self._lock:
+            staged = self._host.get(load.ref)
+            if staged is not None:
+                self._ready.append(_Ready(load, staged, 0.0, Tier.HOST))
+        if staged is not None:
+            self._on_ready()
+        else:
+            self._fetch(load.ref, load)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Bring an adapter to the host tier in the background; a failure is found again by the load."""
+        if not self.is_on_host(ref):
+            self._fetch(ref, None)
+
+    def _fetch(self, ref: AdapterRef, load: Load | None) -> None:
+        """Join the read of this content that is under way, or begin one."""
+        with self._lock:
+            is_new = ref.digest not in self._reads
+            read = self._reads.setdefault(ref.digest, _Read(time.monotonic()))
+            if load is not None:
+                read.loads.append(load)
+        if is_new:
+            future = self._threads.submit(self._read_and_stage, ref)
+            future.add_done_callback(lambda done: self._end_read(ref, done))
+
+    def finished(self) -> list[Moved | MoveFailed]:
+        """Write what is ready into its slots, in the order of becoming ready. Where it fails the slot stays empty."""
+        with self._lock:
+            ready, self._ready = self._ready, []
+        return [self._write(each) for each in ready]
+
+    def _write(self, ready: _Ready) -> Moved | MoveFailed:
+        load, outcome = ready.load, ready.outcome
+        del self._loading[load.slot]
+        if isinstance(outcome, AdapterError):
+            return MoveFailed(load, outcome)
+        begin_s = time.monotonic()
+        try:
+            self._bank.write(load.slot, outcome)
+        except (
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch says "out of memory" by subclasses of RuntimeError
+            return MoveFailed(load, _translate(load.ref, error))
+        seconds = {"read": ready.read_s, "copy": time.monotonic() - begin_s}
+        return Moved(load, outcome.num_bytes, seconds, ready.origin)
+
+    def forget(self, ref: AdapterRef) -> int:
+        """Free the adapter's copy on the host; returns its bytes. A read under way will not be kept either."""
+        with self._lock:
+            if ref.digest in self._reads:
+                self._reads[ref.digest].keeps = False
+            return self._host.pop(ref)
+
+    def close(self) -> None:
+        """Drop the reads that have not begun and wait for those that have. Loads under way are never finished."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # ---- the mover's threads -----------------------------------------------------------------------------------
+
+    def _read_and_stage(self, ref: AdapterRef) -> StagedAdapter:
+        return self._bank.stage(self._read(ref))
+
+    def _end_read(self, ref: AdapterRef, done: Future[StagedAdapter]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        outcome = done.result() if error is None else _translate(ref, error)
+        with self._lock:
+            read = self._reads.pop(ref.digest)
+            if isinstance(outcome, StagedAdapter) and read.keeps:
+                self._host.put(ref, outcome)
+            read_s = time.monotonic() - read.begin_s
+            self._ready += [_Ready(load, outcome, read_s, Tier.DISK) for load in read.loads]
+        self._on_ready()
+
+    # ---- any thread --------------------------------------------------------------------------------------------
+
+    @property
+    def host_num_bytes(self) -> int:
+        with self._lock:
+            return self._host.num_bytes
+
+    def host_refs(self) -> frozenset[AdapterRef]:
+        with self._lock:
+            return self._host.refs()
+
+    def is_on_host(self, ref: AdapterRef) -> bool:
+        with self._lock:
+            return ref in self._host
+
+
+def _translate(ref: AdapterRef, error: BaseException) -> AdapterError:
+    """A foreign exception as ours, without its text: that may hold a path of this machine."""
+    if isinstance(error, AdapterError):
+        return error
+    kind = type(error).__name__
+    logger.error("adapter.move_failed ref=%s error=%s", ref, kind)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return InsufficientMemory(f"no memory for adapter {ref}; unload another adapter or lower num_slots")
+    cause = f"{kind}: {error.strerror}" if isinstance(error, OSError) and error.strerror else kind
+    return AdapterError(f"adapter {ref} could not be loaded ({cause}); check its package and load it again")

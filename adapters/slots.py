@@ -1,0 +1,192 @@
+"""SlotBank: the weights of the adapters that are on the device, by site and slot.
+
+Owns device memory for adapters. Knows neither refs nor requests: a slot is a number, and who is in it is the
+residency's business. The mover's hand writes it; the layers read it.
+
+Storage. A site keeps one block of memory ("pages") for each rank in use there, padded to 8, 16, 32, 64, ...: A
+[num_slots, R, in] and B [num_slots, out, R], indexed by slot, so that neighbouring slots are one batched product
+without any copy. Pages are allocated when the first slot needs that rank at that site and freed when the last one
+leaves, so sites that nobody touches cost nothing and ranks mix without padding to ``max_rank``. On a CPU the operating
+system gives memory to written slots only; on CUDA the few sizes are what its caching allocator reuses best.
+
+A slot's numbers depend on its adapter alone: not on its index, its neighbours, nor ``max_rank``.
+
+Place in a request's way: step 8, under every linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters.sites import Site, SiteTable
+from adapters.staging import StagedAdapter, StagedSite, Stager
+from adapters.weights import AdapterWeights
+
+MIN_PAGE_RANK = 8
+"""Below 8 columns BLAS takes kernels (matrix-vector, for rank 1) whose sums depend on the number of rows."""
+OUT_TILE = 16
+"""B's rows are padded to a multiple of 16, so that any number of threads splits them between like kernels."""
+
+
+def page_rank(rank: int) -> int:
+    """The padded rank under which a rank is stored: a power of two, at least 8."""
+    return max(MIN_PAGE_RANK, 1 << (rank - 1).bit_length())
+
+
+class Form(NamedTuple):
+    """What a loaded slot holds at one site."""
+
+    rank: int  # padded; 0 where its adapter leaves the site alone
+    is_dora: bool
+
+
+UNTOUCHED = Form(0, False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """The forms of all slots at a site; None for an empty slot. Sites that agree share one object."""
+
+    forms: tuple[Form | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """All slots' weights of one padded rank R at one site; only written slots hold numbers."""
+
+    a: Tensor  # [num_slots, R, in] the bank's dtype
+    b: Tensor  # [num_slots, out_padded, R] the bank's dtype
+
+    def write(self, slot: int, a: Tensor, b: Tensor) -> None:
+        rank, out = a.shape[0], b.shape[0]
+        self.a[slot, :rank].copy_(a, non_blocking=True)
+        self.a[slot, rank:].zero_()
+        self.b[slot, :out, :rank].copy_(b, non_blocking=True)
+        self.b[slot, :out, rank:].zero_()
+        self.b[slot, out:].zero_()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+
+class Shelf:
+    """One site's part of the bank. Layers keep it for life; only the bank changes it."""
+
+    def __init__(self, site: Site, num_slots: int) -> None:
+        self.site = site
+        self.pages: dict[int, Pages] = {}
+        self.scale: Tensor | None = (
+            None  # [num_slots, out] float32, DoRA's column scale; None while nobody has one
+        )
+        self.forms: list[Form] = [UNTOUCHED] * num_slots
+        self.layout = Layout((None,) * num_slots)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(pages.num_bytes for pages in self.pages.values()) + (
+            0 if self.scale is None else self.scale.nbytes
+        )
+
+    def slot_bytes(self, slot: int) -> int:
+        form = self.forms[slot]
+        if form == UNTOUCHED:
+            return 0
+        share = self.pages[form.rank].num_bytes // len(self.forms)
+        return share + (self.site.out_features * 4 if form.is_dora else 0)
+
+
+class SlotBank:
+    """``stage`` may be called from any thread, the rest from the engine's only."""
+
+    def __init__(
+        self, sites: SiteTable, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if num_slots < 1 or max_rank < 1:
+            raise ValueError(f"num_slots and max_rank must be at least 1, not {num_slots} and {max_rank}")
+        self.num_slots = num_slots
+        self.dtype = dtype
+        self.device = device
+        self._shelves = {name: Shelf(site, num_slots) for name, site in sites.items()}
+        self._loaded = [False] * num_slots
+        self._stager = Stager(sites, max_rank, dtype, is_pinned=device.type == "cuda")
+
+    def connect(self, base_weight: Callable[[str], Tensor]) -> None:
+        """Give access to the base's weights, site name -> [out, in] float32: what DoRA's norms are taken of."""
+        self._stager.base_weight = base_weight
+
+    def shelf(self, name: str) -> Shelf:
+        return self._shelves[name]
+
+    def stage(self, weights: AdapterWeights) -> StagedAdapter:
+        """Check against this bank, convert and take DoRA's norms; touches no slot. From any thread.
+
+        Raises AdapterRejected if it does not fit this base or ``max_rank``.
+        """
+        return self._stager.stage(weights)
+
+    def write(self, slot: int, weights: AdapterWeights | StagedAdapter) -> None:
+        """Put an adapter into a slot, in place of what was there. If it raises, the slot is empty."""
+        staged = weights if isinstance(weights, StagedAdapter) else self.stage(weights)
+        self.clear(slot)
+        try:
+            for name, site in staged.sites.items():
+                self._write_site(self._shelves[name], slot, site)
+        except BaseException:
+            self.clear(slot)
+            raise
+        self._loaded[slot] = True
+        self._refresh_layouts()
+
+    def _write_site(self, shelf: Shelf, slot: int, staged: StagedSite) -> None:
+        rank = page_rank(staged.a.shape[0])
+        pages = shelf.pages.get(rank) or self._new_pages(shelf.site, rank)
+        shelf.pages[rank] = pages
+        shelf.forms[slot] = Form(rank, staged.scale is not None)
+        pages.write(slot, staged.a, staged.b)
+        if staged.scale is not None:
+            if shelf.scale is None:
+                shape = (self.num_slots, shelf.site.out_features)
+                shelf.scale = torch.empty(shape, dtype=torch.float32, device=self.device)
+            shelf.scale[slot].copy_(staged.scale)
+
+    def _new_pages(self, site: Site, rank: int) -> Pages:
+        out_padded = -(-site.out_features // OUT_TILE) * OUT_TILE
+        a = torch.empty((self.num_slots, rank, site.in_features), dtype=self.dtype, device=self.device)
+        b = torch.empty((self.num_slots, out_padded, rank), dtype=self.dtype, device=self.device)
+        return Pages(a, b)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and free what nobody else uses; nothing happens to an empty one."""
+        for shelf in self._shelves.values():
+            shelf.forms[slot] = UNTOUCHED
+            for rank in set(shelf.pages) - {form.rank for form in shelf.forms}:
+                del shelf.pages[rank]
+            if not any(form.is_dora for form in shelf.forms):
+                shelf.scale = None
+        self._loaded[slot] = False
+        self._refresh_layouts()
+
+    def _refresh_layouts(self) -> None:
+        known: dict[tuple[Form | None, ...], Layout] = {}
+        for shelf in self._shelves.values():
+            pairs = zip(shelf.forms, self._loaded, strict=True)
+            forms = tuple(form if is_loaded else None for form, is_loaded in pairs)
+            shelf.layout = known.setdefault(forms, Layout(forms))
+
+    def is_loaded(self, slot: int) -> bool:
+        return self._loaded[slot]
+
+    def slot_bytes(self, slot: int) -> int:
+        """Device bytes of a slot's adapter, padding included; 0 if it is empty."""
+        return sum(shelf.slot_bytes(slot) for shelf in self._shelves.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Device bytes of all pages, those of empty slots in them included."""
+        return sum(shelf.num_bytes for shelf in self._shelves.values())
