@@ -1,0 +1,183 @@
+"""4-bit linears on a CPU, and the weight behind any linear of the base.
+
+bitsandbytes computes a 4-bit linear on a CPU in one of two ways: "unpacked" dequantises the weight at every call and
+multiplies in 16 bits; "packed" (only with AVX512-BF16, and shapes that its kernel takes) repacks the weight in place
+and multiplies from 4 bits, with block scales rounded to bfloat16 (0.3 % apart). To these comes
+"dequantised": the unpacked way's own weight, kept; equal to it to the bit, several times faster for few rows, at
+2 bytes a parameter.
+
+Owns: that choice. Place in a request's way: none; once, at load (the linears themselves run in step 8).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from copy import copy
+from typing import Final
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import has_avx512bf16 as _has_avx512bf16
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+from torch.nn import functional
+
+from base.config import CpuLinear
+
+DEQUANTISED_BYTES_LIMIT: Final = 2 << 30
+"""``auto`` keeps dequantised weights up to this many bytes: the pocket base by far, no published Qwen2.5-VL."""
+logger = logging.getLogger("lorikeet.base")
+
+
+class DequantisedLinear(nn.Module):
+    """A 4-bit linear whose dequantised weight is kept, and whose 4-bit copy is not."""
+
+    is_quantised: Final = True
+    """Its weight has 4 bits' worth of values, and adapters round around it as around a 4-bit linear."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """``weight`` [out, in] in the compute dtype."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of ``x``."""
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class PackedLinear(nn.Module):
+    """A 4-bit linear in the packed way, for serving only.
+
+    Beside it the scales it came from are kept (1/64 byte a parameter): packing rounds them, while the 4-bit codes can
+    be had back exactly, and ``dequantised_weight`` must be exact.
+    """
+
+    is_quantised: Final = True
+
+    def __init__(self, linear: Linear4bit) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.state = copy(
+            quant_state(linear)
+        )  # packing replaces its attributes, it does not write into tensors
+        self.linear = linear.eval()
+        self.linear.support_avx512bf16_for_cpu = True
+        with torch.no_grad():  # the first call packs, in place and not safely among threads: have it done
+            self.linear(torch.zeros(1, self.in_features, dtype=torch.bfloat16))
+
+    def dequantised_weight(self) -> Tensor:
+        """[out, in] in the stored dtype, from the exact scales."""
+        data = unpack(self.linear.weight.data, self.out_features, self.in_features)
+        weight: Tensor = dequantize_4bit(data, self.state)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of ``x``."""
+        result: Tensor = self.linear(x)
+        return result
+
+
+def dequantised_weight(linear: nn.Module) -> Tensor:
+    """The weight [out, in] float32 that a linear of the base multiplies by; a new tensor on its device.
+
+    Takes what the loader leaves (on any device) and plain linears. Raises TypeError for anything else, and ValueError
+    for a 4-bit linear that was packed without us, whose weight can be had only roughly.
+    """
+    if isinstance(linear, PackedLinear):
+        return linear.dequantised_weight().float()
+    if isinstance(linear, Linear4bit):
+        state = quant_state(linear)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "the 4-bit linear was packed by bitsandbytes: set support_avx512bf16_for_cpu to False"
+            )
+        return dequantize_4bit(linear.weight.data, state).float()
+    if isinstance(linear, DequantisedLinear | nn.Linear):
+        return linear.weight.detach().float().clone()
+    raise TypeError(f"{type(linear).__name__} is no linear of the base")
+
+
+def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
+    """Fix how each 4-bit linear below ``module``, all on the CPU, computes. Changes ``module`` in place."""
+    names = four_bit_names(module)
+    if how == "auto":
+        num_bytes = 2 * sum(_num_weights(module.get_submodule(name)) for name in names)
+        how = "dequantised" if num_bytes <= DEQUANTISED_BYTES_LIMIT else "packed"
+    settled = Counter(_settle(module, name, how) for name in names)
+    logger.info(
+        "base.cpu_linears %s", " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0"
+    )
+
+
+def _settle(module: nn.Module, name: str, how: CpuLinear) -> CpuLinear:
+    """Fix one 4-bit linear; the way that it came to."""
+    linear = module.get_submodule(name)
+    if not isinstance(linear, Linear4bit):
+        raise TypeError(f"{name} is no 4-bit linear")
+    linear.support_avx512bf16_for_cpu = False
+    if how == "dequantised":
+        module.set_submodule(name, _dequantised(linear))
+    elif how == "packed" and can_pack(linear):
+        module.set_submodule(name, PackedLinear(linear))
+    else:
+        return "unpacked"
+    return how
+
+
+def quant_state(linear: Linear4bit) -> QuantState:
+    """Scales and shape of a 4-bit linear's weight. Raises ValueError when it has not been quantised yet."""
+    state = getattr(linear.weight, "quant_state", None)
+    if not isinstance(state, QuantState):
+        raise ValueError("the 4-bit linear has not been quantised: move it to a device first")
+    return state
+
+
+def unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Undo bitsandbytes' packing of 4-bit codes: [out, in / 2] -> [out * in / 2, 1] uint8, exactly.
+
+    Inverse of ``_convert_weight_packed_for_cpu`` (bitsandbytes 0.50.2): blocks of 32 rows, 32 codes in low and the next
+    32 in high halves.
+    """
+    halves = packed.view(torch.uint8).reshape(-1, 32)
+    codes = torch.cat([halves & 0xF, halves >> 4], dim=-1)
+    codes = codes.reshape(out_features // 32, in_features // 2, 32, 2).transpose(1, 2).reshape(-1, 2)
+    return (codes[:, :1] << 4) | codes[:, 1:]
+
+
+def four_bit_names(module: nn.Module) -> list[str]:
+    """Names of the linears below ``module`` that bitsandbytes holds in 4 bits."""
+    return [name for name, child in module.named_modules() if isinstance(child, Linear4bit)]
+
+
+def can_pack(linear: Linear4bit) -> bool:
+    """Whether the packed kernel is there and takes this shape (bitsandbytes 0.50.2: it crashes on others)."""
+    has_kernel = bool(_has_avx512bf16()) and linear.compute_dtype in (None, torch.bfloat16)
+    return has_kernel and linear.out_features % 32 == 0 and linear.in_features % 64 == 0
+
+
+def _num_weights(linear: nn.Module) -> int:
+    return int(getattr(linear, "in_features")) * int(getattr(linear, "out_features"))  # noqa: B009 (untyped)
+
+
+def _dequantised(linear: Linear4bit) -> DequantisedLinear:
+    state = copy(quant_state(linear))
+    state.dtype = (
+        linear.compute_dtype or torch.bfloat16
+    )  # bitsandbytes dequantises straight to the compute dtype
+    return DequantisedLinear(dequantize_4bit(linear.weight.data, state), linear.bias)
