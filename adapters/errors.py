@@ -2,6 +2,7 @@
 
 AdapterError
 ├── AdapterNotFound        no such name or version (carries near names)
+├── InvalidAdapterName     the name may not be given to an adapter
 ├── AdapterExists          the name is taken by other content
 ├── AdapterBusy            it is in use and the caller did not want to wait
 ├── AdapterRejected        a package was read and refused (carries a reason of ``RejectReason`` and details)
@@ -49,10 +50,18 @@ class AdapterNotFound(AdapterError):
         super().__init__(f"no adapter named {name[:96]!r}{hint}")
 
 
+class InvalidAdapterName(AdapterError):
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        super().__init__(f"{name[:96]!a} cannot name an adapter: {why}")
+
+
 class AdapterExists(AdapterError):
     def __init__(self, name: str) -> None:
         self.name = name
-        super().__init__(f"an adapter named {name!r} exists with other content; remove it or choose another name")
+        super().__init__(
+            f"an adapter named {name!r} exists with other content; remove it or choose another name"
+        )
 
 
 class AdapterBusy(AdapterError):

@@ -18,6 +18,7 @@ from base.model import BaseModel
 from engine.blocks import BlockPool
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.detokenizer import Vocabulary
 from engine.engine import Engine
 from engine.executor import Executor
 from engine.grammar import GrammarCompiler
@@ -26,12 +27,10 @@ from engine.lifecycle import Lifecycle
 from engine.messages import Wake
 from engine.observer import Observer, SilentObserver
 from engine.probe import Probe, probe_blocks
-from engine.request import GenerationRequest
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.status import Picture, StatusBoard
-from engine.stream import TextAssembler
 from engine.swaps import AdapterSwaps
 from engine.vision_cache import VisionCache
 
@@ -57,12 +56,14 @@ def build_engine(
     residency = Residency(config.num_slots)
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
-    client = EngineClient(config, max_model_len, grammars, _assembler_maker(base))
+    vocabulary = Vocabulary(base.processor.tokenizer)
+    client = EngineClient(config, max_model_len, grammars, vocabulary)
     mover = Mover(bank, registry.load, config.host_adapter_bytes, lambda: engine.inbox.put(Wake()))
     swaps = AdapterSwaps(residency, mover, bank, probe, watcher)
     board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))
-    lifecycle = Lifecycle(residency, watcher, grammars, base.spec.eos_token_ids, max_model_len)
-    executor = Executor(runner, Sampler(base.spec.vocab_size), watcher)
+    vocab_size = base.spec.vocab_size
+    lifecycle = Lifecycle(residency, watcher, grammars, base.spec.eos_token_ids, vocab_size, max_model_len)
+    executor = Executor(runner, Sampler(vocab_size), watcher)
     engine = Engine(config, scheduler, executor, swaps, lifecycle, board, watcher, client.deliver)
     probe.warm_up()
     logger.info("engine.ready kv_tokens=%d max_model_len=%d", num_blocks * config.block_size, max_model_len)
@@ -85,7 +86,9 @@ def _num_blocks(base: BaseModel, config: EngineConfig) -> int:
     num_blocks = num_tokens // config.block_size
     if num_blocks < 1:
         need = kv_bytes_per_token(base.spec, base.dtype) * config.block_size
-        raise ValueError(f"kv_bytes is {config.kv_bytes}; one block of this base needs {need}: raise kv_bytes")
+        raise ValueError(
+            f"kv_bytes is {config.kv_bytes}; one block of this base needs {need}: raise kv_bytes"
+        )
     return num_blocks
 
 
@@ -93,10 +96,3 @@ def _max_model_len(base: BaseModel, config: EngineConfig, num_blocks: int) -> in
     """What is asked for, what the base can do, and what the cache holds: the least of the three."""
     asked = config.max_model_len or base.spec.max_positions
     return min(asked, base.spec.max_positions, num_blocks * config.block_size)
-
-
-def _assembler_maker(base: BaseModel):  # type: ignore[no-untyped-def]
-    def make(request: GenerationRequest) -> TextAssembler:
-        return TextAssembler(request, base.processor.tokenizer)
-
-    return make

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from adapters.ref import AdapterRef
 from engine.config import EngineConfig
+from engine.detokenizer import Vocabulary
 from engine.engine import Engine
 from engine.errors import ContextTooLong, Draining, EngineDown, EngineError, QueueFull
 from engine.grammar import GrammarCompiler
@@ -42,6 +43,7 @@ logger = logging.getLogger("lorikeet.engine")
 T = TypeVar("T")
 
 DEFAULT_RETRY_AFTER_S = 1.0
+STOP_TIMEOUT_S = 30.0  # for the step that is running
 
 
 class Stream:
@@ -127,12 +129,12 @@ class EngineClient:
         config: EngineConfig,
         max_model_len: int,
         grammars: GrammarCompiler,
-        make_assembler: Callable[[GenerationRequest], TextAssembler],
+        vocabulary: Vocabulary,
     ) -> None:
         self._config = config
         self.max_model_len = max_model_len
         self._grammars = grammars
-        self._make_assembler = make_assembler
+        self._vocabulary = vocabulary
         self._streams: dict[str, Stream] = {}
         self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is started
         self._lock = threading.Lock()
@@ -140,10 +142,11 @@ class EngineClient:
         self._thread: threading.Thread | None = None
         self._recent_starts: deque[float] = deque(maxlen=64)
 
-    def start(self, engine: Engine, board: StatusBoard) -> None:
-        """Run the engine on its own thread."""
+    def start(self, engine: Engine, board: StatusBoard, on_stopped: Callable[[], None]) -> None:
+        """Run the engine on its own thread; ``on_stopped`` is called once it has ended."""
         self._engine = engine
         self._board = board
+        self._on_stopped = on_stopped
         self._thread = threading.Thread(target=engine.run, name="lorikeet-engine", daemon=True)
         self._thread.start()
 
@@ -160,7 +163,9 @@ class EngineClient:
         """
         self._refuse(request)
         loop = asyncio.get_running_loop()
-        stream = Stream(request.request_id, self._make_assembler(request), loop, self._close_stream)
+        stream = Stream(
+            request.request_id, TextAssembler(request, self._vocabulary), loop, self._close_stream
+        )
         with self._lock:
             self._reserve(request)
             self._streams[request.request_id] = stream
@@ -284,7 +289,8 @@ class EngineClient:
         self._is_draining = True
         if self._thread is not None and self._thread.is_alive():
             self._engine.inbox.put(Stop())
-            self._thread.join(timeout=30)
+            self._thread.join(timeout=STOP_TIMEOUT_S)
+            self._on_stopped()
 
 
 class Answer(Generic[T]):

@@ -124,7 +124,9 @@ class Engine:
         if not sequence.adapter.is_base:
             self._observer.record(AdapterLookup(sequence.adapter, is_on_device))
         if not is_on_device and not self._config.load_on_demand:
-            cause = AdapterError("it is not loaded, and this server loads no adapter on demand: load it first")
+            cause = AdapterError(
+                "it is not loaded, and this server loads no adapter on demand: load it first"
+            )
             self._fail(sequence, AdapterUnavailable(str(sequence.adapter), cause))
 
     def _settle_adapters(self) -> None:

@@ -76,7 +76,9 @@ class Executor:
         return outcomes
 
     def _sample(self, plan: StepPlan, logits: tuple[Tensor, ...]) -> list[Outcome]:
-        prompt_logprobs = [self._prompt_logprobs(c, rows) for c, rows in zip(plan.chunks, logits, strict=True)]
+        prompt_logprobs = [
+            self._prompt_logprobs(c, rows) for c, rows in zip(plan.chunks, logits, strict=True)
+        ]
         yielding = [i for i, chunk in enumerate(plan.chunks) if chunk.yields_token]
         sampled = self._sampler.sample(
             [logits[i][-1] for i in yielding], [plan.chunks[i].sequence.sampler for i in yielding]

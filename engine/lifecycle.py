@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from adapters.residency import Residency
 from engine.errors import EngineError
 from engine.executor import Outcome
+from engine.grammar import GrammarCompiler
 from engine.messages import Failed, Finished, FinishReason, Outbound, Started, Timings, Tokens, Usage
 from engine.observer import EndReason, FirstToken, NextToken, Observer, SequenceEnded, SequenceStarted
 from engine.request import GenerationRequest
@@ -22,12 +23,14 @@ class Lifecycle:
         self,
         residency: Residency,
         observer: Observer,
+        grammars: GrammarCompiler,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         max_model_len: int,
     ) -> None:
         self._residency = residency
         self._observer = observer
+        self._grammars = grammars
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -40,7 +43,10 @@ class Lifecycle:
     # ---- birth -------------------------------------------------------------------------------------------------
 
     def birth(self, request: GenerationRequest) -> Sequence:
-        sampler = SamplerState(request.sampling, request.prompt.ids, self._eos_token_ids, self._vocab_size)
+        """Raises GrammarError, ValueError. A grammar was compiled before by ``EngineClient.compile_grammar``."""
+        params = request.sampling
+        grammar = self._grammars.compile(params.grammar).start() if params.grammar is not None else None
+        sampler = SamplerState(params, request.prompt.ids, self._eos_token_ids, self._vocab_size, grammar)
         return Sequence(request, sampler, born_s=time.monotonic())
 
     def is_on_device(self, sequence: Sequence) -> bool:
@@ -51,7 +57,7 @@ class Lifecycle:
         sequence.started_s = now
         queue_s = now - sequence.request.arrival_s
         self._observer.record(SequenceStarted(sequence.adapter, queue_s, sequence.swap_s))
-        self.outbox.append(Started(sequence.request_id))
+        self.outbox.append(Started(sequence.request_id, swap_s=sequence.swap_s))
 
     def expired(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
         return [s for s in sequences if self._is_expired(s, now)]
@@ -113,7 +119,7 @@ class Lifecycle:
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         params = sequence.request.sampling
-        if self._stop_token(sequence) is not None:
+        if self._stop_token(sequence) is not None or sequence.sampler.is_complete:
             return "stop"
         if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
             return "length"

@@ -111,6 +111,10 @@ class Started:
     """It left the queue: its first chunk is in this step."""
 
     request_id: str
+    swap_s: float = 0.0
+    """Of the wait, how much was for its adapter."""
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)

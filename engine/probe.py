@@ -21,7 +21,9 @@ from engine.step import Chunk, ImageJob, StepPlan
 from engine.vision_cache import VisionCache
 
 PROBE_TEXT = "Describe this picture."
-PROBE_IMAGE_SIDE = 56  # pixels: four patches a side, the smallest grid that any checkpoint's processor leaves alone
+PROBE_IMAGE_SIDE = (
+    56  # pixels: four patches a side, the smallest grid that any checkpoint's processor leaves alone
+)
 
 
 class Probe:
@@ -58,6 +60,11 @@ class Probe:
             raise AdapterRejected(RejectReason.NON_FINITE, f"adapter {ref} gives NaN or infinite logits")
         if torch.equal(logits, base_logits):
             raise AdapterRejected(RejectReason.NO_EFFECT, f"adapter {ref} leaves the base's logits unchanged")
+
+    def warm_up(self) -> None:
+        """The first pass through every kernel that a step uses, before anyone waits for it."""
+        chunks = (self._chunk(self._picture, BASE, BASE_SLOT, self._blocks[0]),)
+        self._runner.run(StepPlan(chunks, _image_jobs(chunks)))
 
     def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """[n, V] logits of the base and of the adapter for every row of the prompt."""

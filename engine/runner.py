@@ -36,7 +36,9 @@ class StepLogits:
 class Runner:
     """Not reentrant; the engine's thread only."""
 
-    def __init__(self, base: BaseModel, routing: RoutingSet, cache: KVCache, vision_cache: VisionCache) -> None:
+    def __init__(
+        self, base: BaseModel, routing: RoutingSet, cache: KVCache, vision_cache: VisionCache
+    ) -> None:
         self._base = base
         self._routing = routing
         self._cache = cache

@@ -34,7 +34,9 @@ class Chunk:
     @property
     def wants_prompt_logits(self) -> bool:
         """Some of its rows predict a prompt token whose log-probability was asked for."""
-        is_wanted = self.sequence.request.prompt_logprobs is not None and not self.sequence.has_prompt_logprobs
+        is_wanted = (
+            self.sequence.request.prompt_logprobs is not None and not self.sequence.has_prompt_logprobs
+        )
         return is_wanted and self.start < self.sequence.num_prompt_tokens
 
     def images(self) -> list[PromptImage]:

@@ -58,7 +58,9 @@ class AdapterSwaps:
 
     def request_load(self, message: LoadAdapter, now: float) -> None:
         if self._residency.slot_of(message.ref) is None and not self._residency.can_ever_load(message.ref):
-            self._answer(message, InsufficientMemory("every adapter slot is pinned; unpin one or raise num_slots"))
+            self._answer(
+                message, InsufficientMemory("every adapter slot is pinned; unpin one or raise num_slots")
+            )
             return
         self._loads.setdefault(message.ref, []).append((message, now))
 

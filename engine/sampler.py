@@ -1,0 +1,175 @@
+"""Sampler: logits in, one token a row out. SamplerState: what one sequence's sampling remembers.
+
+It knows nothing of blocks, adapters or text. Sampling changes no state: a step that is retried chooses the same tokens.
+Each row's result is to the bit the one that it would have alone.
+Place in a request's way: step 9, between the runner's logits and the engine's commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.grammar import GrammarState
+from engine.logprobs import score_prompt, score_tokens
+from engine.messages import TokenLogprob
+from engine.penalties import TokenCounts, apply_penalties, has_penalties
+from engine.randomness import RandomStream
+from engine.sampling import SamplingParams
+from engine.selection import draw, draw_truncated, is_truncated
+
+__all__ = ["NumericalFailure", "SampledRow", "SampledToken", "Sampler", "SamplerState", "score_prompt"]
+
+_FAILED = -1  # never leaves this module
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: TokenLogprob | None = None
+    """Present when the request asked for logprobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class NumericalFailure:
+    """The row's logits hold NaN or plus infinity, or allow no token at all."""
+
+
+SampledRow = SampledToken | NumericalFailure
+
+
+class SamplerState:
+    """Made once, at a sequence's birth; ``accept`` is told each token that was committed."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        """Raises ValueError for a token id in logit_bias or stop_token_ids that the vocabulary lacks."""
+        self.params = params
+        self.num_generated = 0
+        self._random = RandomStream.from_seed(params.seed)
+        self._counts = TokenCounts(prompt_ids) if has_penalties(params) else None
+        self._bias = dict(params.logit_bias)
+        self._enders = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
+        self._grammar = grammar
+        self._is_shaped = bool(self._bias) or self._counts is not None or grammar is not None
+        _require_in_vocabulary([*self._bias, *params.stop_token_ids], vocab_size)
+
+    def accept(self, token_id: int) -> None:
+        """The engine appended this token to the output. Never raises: a grammar that breaks tells at the next mask."""
+        self.num_generated += 1
+        if self._counts is not None:
+            self._counts.add(token_id)
+        if self._grammar is not None:
+            self._grammar.advance(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """A grammar is in force and nothing but an end token may follow: the sequence may end without computing it."""
+        return self._grammar is not None and self._grammar.is_complete
+
+    @property
+    def is_shaped(self) -> bool:
+        """Must this step's logits be changed before a token is chosen?"""
+        return self._is_shaped or self._may_not_end
+
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        return self._random.uniform(self.num_generated)
+
+    def shape(self, row: Tensor) -> None:
+        """Mutates ``row``, [V] float32: logit_bias, penalties, min_tokens, grammar. Raises GrammarError."""
+        if self._bias:
+            ids = torch.tensor(list(self._bias), device=row.device)
+            row[ids] += torch.tensor(list(self._bias.values()), dtype=row.dtype, device=row.device)
+        if self._counts is not None:
+            apply_penalties(row, self.params, self._counts)
+        if self._grammar is not None:
+            row.masked_fill_(~self._grammar.mask().to(row.device), -torch.inf)
+        if self._may_not_end:
+            self._forbid_end(row)
+
+    @property
+    def _may_not_end(self) -> bool:
+        return self.num_generated < self.params.min_tokens and bool(self._enders)
+
+    def _forbid_end(self, row: Tensor) -> None:
+        """min_tokens yields to a grammar that allows nothing but the end."""
+        open_row = row.clone() if self._grammar is not None else None
+        row[torch.tensor(self._enders, device=row.device)] = -torch.inf
+        if open_row is not None and not bool(torch.isfinite(row.max())):
+            row.copy_(open_row)
+
+
+class Sampler:
+    """Stateless but for the vocabulary's size."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def sample(self, logits: Sequence[Tensor] | Tensor, states: Sequence[SamplerState]) -> list[SampledRow]:
+        """S rows of [V] float32 (left unchanged) and the S sequences that they belong to -> S outcomes, in order.
+
+        Raises GrammarError when a row's grammar cannot go on (too complex a state); the executor finds the culprit.
+        """
+        if not states:
+            return []
+        raw = list(logits)
+        rows = torch.stack(raw)  # [S, V]; a copy, so it may be written
+        if rows.shape != (len(states), self._vocab_size):
+            raise ValueError(f"logits are {tuple(rows.shape)}; expected {(len(states), self._vocab_size)}")
+        chosen = self._choose(rows, states).tolist()  # the step's one copy to the host
+        return self._report(chosen, raw, states)
+
+    def _choose(self, rows: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """[S] int64 token ids. Mutates ``rows``."""
+        best, ids = rows.max(-1)  # the first of equals; NaN wins over everything
+        is_sound = torch.isfinite(best)
+        for i, state in enumerate(states):
+            if state.is_shaped:
+                state.shape(rows[i])
+                shaped_best, ids[i] = rows[i].max(-1)
+                is_sound[i] &= torch.isfinite(shaped_best)
+        for group, is_cut in self._random_groups(states, rows.device):
+            params = [states[i].params for i in group]
+            uniforms = [states[i].uniform() for i in group]
+            ids[group] = (draw_truncated if is_cut else draw)(rows[group], params, uniforms)
+        return ids.masked_fill_(~is_sound, _FAILED)
+
+    def _random_groups(
+        self, states: Sequence[SamplerState], device: torch.device
+    ) -> list[tuple[list[int], bool]]:
+        """Rows that are drawn, with whether top_k or top_p cuts them: together on CUDA, one by one on a CPU, where
+        ``exp`` is not bit-equal in every place of a batch."""
+        drawn = [i for i, s in enumerate(states) if not s.params.is_greedy]
+        is_cut = {i: is_truncated(states[i].params, self._vocab_size) for i in drawn}
+        if device.type == "cpu":
+            return [([i], is_cut[i]) for i in drawn]
+        groups = [([i for i in drawn if is_cut[i] is kind], kind) for kind in (False, True)]
+        return [(group, kind) for group, kind in groups if group]
+
+    @staticmethod
+    def _report(chosen: list[int], raw: list[Tensor], states: Sequence[SamplerState]) -> list[SampledRow]:
+        asked = [i for i, s in enumerate(states) if s.params.logprobs is not None and chosen[i] != _FAILED]
+        nums_top = [states[i].params.logprobs or 0 for i in asked]
+        scores = score_tokens([raw[i] for i in asked], [chosen[i] for i in asked], nums_top)
+        logprobs = dict(zip(asked, scores, strict=True))
+        return [
+            NumericalFailure() if token_id == _FAILED else SampledToken(token_id, logprobs.get(i))
+            for i, token_id in enumerate(chosen)
+        ]
+
+
+def _require_in_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})")

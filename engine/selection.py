@@ -1,0 +1,84 @@
+"""From logits to one token a row: temperature, min_p, top_k, top_p, and the draw.
+
+Probabilities become integers (a share of 2**40 of the likeliest token's), so that every sum below is exact: no result
+depends on the order of an addition, hence none on the device's scan, the width of a sort, or the neighbours in a batch.
+The one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so callers
+on a CPU pass one row at a time, and on CUDA any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.ranking import ranked_ids
+from engine.sampling import SamplingParams
+
+WEIGHT_ONE = 2**40  # V * 2**40 stays below 2**63 for any vocabulary below 8 million
+FIRST_WIDTH = 1024  # tokens that are sorted at first for top_p; if they hold too little, all are
+
+
+def is_truncated(params: SamplingParams, vocab_size: int) -> bool:
+    """Does top_k or top_p leave anything out?"""
+    return 0 < params.top_k < vocab_size or params.top_p < 1.0
+
+
+def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """[S, V] float32, one uniform in [0, 1) a row -> [S] int64 token ids. No truncation but min_p."""
+    weights = token_weights(logits, params)
+    return _pick(weights, _column(uniforms, logits))
+
+
+def draw_truncated(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """As ``draw``, among the tokens that top_k and then top_p keep (vLLM's order: min_p, top_k, top_p)."""
+    vocab_size = logits.shape[-1]
+    weights = token_weights(logits, params)
+    limits = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    width = min(vocab_size, max(FIRST_WIDTH if limit == vocab_size else limit for limit in limits))
+    ids, kept, is_enough = _kept(logits, weights, limits, params, width)
+    if not bool(is_enough.all()):
+        ids, kept, _ = _kept(logits, weights, limits, params, vocab_size)
+    chosen = _pick(kept, _column(uniforms, logits))
+    return ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[S, V] int64: probabilities relative to the row's largest, at the row's temperature; 0 below min_p."""
+    exact = logits.double()
+    temperatures = _column([p.temperature for p in params], logits)
+    relative = torch.exp((exact - exact.amax(-1, keepdim=True)) / temperatures)
+    relative = relative.nan_to_num(nan=0.0)  # a row that is not finite fails elsewhere; here it must only not throw
+    relative = relative.masked_fill(relative < _column([p.min_p for p in params], logits), 0.0)
+    return (relative * WEIGHT_ONE).long()
+
+
+def _kept(
+    logits: Tensor, weights: Tensor, limits: Sequence[int], params: Sequence[SamplingParams], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``width`` best ids [S, width], their weights with those left out at 0, and [S] bool: is nothing missing?"""
+    ids = ranked_ids(logits, width)
+    ranks = torch.arange(width, device=logits.device)
+    limit = torch.tensor(limits, device=logits.device).unsqueeze(-1)
+    best = weights.gather(-1, ids) * (ranks < limit)
+    is_limited = limit < logits.shape[-1]
+    total = torch.where(is_limited, best.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
+    nucleus = _column([p.top_p for p in params], logits) * total.double()
+    up_to = best.cumsum(-1)
+    is_kept = ((up_to - best).double() < nucleus) | (ranks == 0)
+    is_enough = (limit <= width) | (up_to[:, -1:].double() >= nucleus)
+    return ids, best * is_kept, is_enough.squeeze(-1)
+
+
+def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """[S, K] int64, [S, 1] float64 -> [S] int64: the index at which the running sum passes the uniform's share."""
+    up_to = weights.cumsum(-1)
+    total = up_to[:, -1:].contiguous()
+    share = torch.minimum((uniforms * total.double()).long(), total - 1)
+    return torch.searchsorted(up_to, share, right=True).squeeze(-1)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[S, 1] float64 on the device of ``like``."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(-1)

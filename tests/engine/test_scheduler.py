@@ -1,0 +1,152 @@
+"""The scheduler fills one budget fairly: decodes first, long prompts in chunks, nobody starved, nothing leaked."""
+
+from __future__ import annotations
+
+from adapters.ref import AdapterRef
+from adapters.residency import Load, Moved, Residency
+from engine.blocks import BlockPool
+from engine.config import EngineConfig
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, Status, WaitReason
+from engine.step import StepPlan
+from engine.vision_cache import VisionCache
+from tests.support.requests import make_image, make_sequence, ref
+
+
+class Desk:
+    """A scheduler with its collaborators, and what the engine would do after each plan."""
+
+    def __init__(self, num_blocks: int = 64, num_slots: int = 2, **config: int | float) -> None:
+        self.config = EngineConfig(num_slots=num_slots, block_size=4, **config)  # type: ignore[arg-type]
+        self.pool = BlockPool(num_blocks, 4)
+        self.residency = Residency(num_slots)
+        self.vision_cache = VisionCache(1 << 20)
+        self.scheduler = Scheduler(self.config, self.pool, self.residency, self.vision_cache)
+
+    def add(self, *args: object, **kwargs: object) -> Sequence:
+        sequence = make_sequence(*args, **kwargs)  # type: ignore[arg-type]
+        self.scheduler.add(sequence)
+        return sequence
+
+    def bring(self, *refs: AdapterRef) -> None:
+        for move in self.residency.plan(refs):
+            if isinstance(move, Load):
+                self.residency.settle(Moved(move, 1, {}))
+
+    def step(self, now: float = 0.0) -> StepPlan:
+        plan = self.scheduler.plan(now)
+        for chunk in plan.chunks:
+            chunk_yields = chunk.yields_token
+            chunk.sequence.num_computed = chunk.end
+            if chunk_yields:
+                chunk.sequence.output_ids.append(1)
+                self.scheduler.end_prefill(chunk.sequence)
+        return plan
+
+
+def names(plan: StepPlan) -> list[tuple[str, int]]:
+    return [(chunk.sequence.request_id, chunk.num_tokens) for chunk in plan.chunks]
+
+
+def test_decodes_go_first_and_a_long_prompt_takes_only_what_is_left() -> None:
+    desk = Desk(max_batch_tokens=8)
+    desk.add("a", 3)
+    assert names(desk.step()) == [("a", 3)]
+    desk.add("long", 20)
+    assert names(desk.step()) == [("a", 1), ("long", 7)]
+    assert names(desk.step()) == [("a", 1), ("long", 7)]
+    assert names(desk.step()) == [("a", 1), ("long", 6)]
+    assert names(desk.step()) == [("a", 1), ("long", 1)]
+
+
+def test_a_sequence_whose_adapter_is_away_waits_and_others_pass_it() -> None:
+    desk = Desk()
+    away = desk.add("away", 3, ref("x"))
+    desk.add("base", 3)
+    assert names(desk.step()) == [("base", 3)]
+    assert away.wait_reason is WaitReason.ADAPTER
+    assert desk.scheduler.wanted(0.0) == [ref("x")]
+    desk.bring(ref("x"))
+    assert ("away", 3) in names(desk.step())
+
+
+def test_nobody_overtakes_for_memory() -> None:
+    desk = Desk(num_blocks=4)
+    desk.add("running", 8)
+    desk.step()
+    desk.add("large", 12)
+    desk.add("small", 1)
+    assert names(desk.step()) == [("running", 1)]
+
+
+def test_when_blocks_run_out_the_youngest_gives_way_and_is_computed_again() -> None:
+    desk = Desk(num_blocks=5)
+    old = desk.add("old", 7)
+    young = desk.add("young", 7)
+    desk.step()
+    for _ in range(8):
+        desk.step()
+    assert young.status is Status.WAITING and young.num_preemptions == 1 and young.output_ids
+    kept = list(young.output_ids)
+    desk.scheduler.end(old)
+    plan = desk.step()
+    assert names(plan) == [("young", 7 + len(kept))]
+    assert young.output_ids[: len(kept)] == kept
+
+
+def test_ending_frees_everything() -> None:
+    desk = Desk()
+    image = make_image("i", offset=1, num_tokens=2)
+    desk.bring(ref("x"))
+    sequence = desk.add("s", 6, ref("x"), (image,))
+    desk.scheduler.plan(0.0)
+    assert desk.pool.num_used and desk.residency.num_holds(ref("x")) == 1
+    desk.scheduler.end(sequence)
+    assert desk.pool.num_used == 0 and desk.residency.num_holds(ref("x")) == 0
+    assert not sequence.pinned_images and sequence.status is Status.ENDED
+
+
+def test_a_chunk_stops_before_an_image_that_the_vision_budget_refuses() -> None:
+    desk = Desk(max_image_patches_per_step=10)
+    first = make_image("first", offset=2, num_tokens=2)
+    second = make_image("second", offset=6, num_tokens=2)
+    desk.add("s", 10, images=(first, second))
+    plan = desk.step()
+    assert names(plan) == [("s", 6)]
+    assert [job.image.digest for job in plan.image_jobs] == ["first"]
+    plan = desk.step()
+    assert names(plan) == [("s", 4)]
+    assert [job.image.digest for job in plan.image_jobs] == ["second"]
+
+
+def test_one_image_larger_than_the_whole_vision_budget_goes_alone() -> None:
+    desk = Desk(max_image_patches_per_step=10)
+    desk.add("s", 30, images=(make_image("huge", offset=1, num_tokens=20),))
+    assert names(desk.step()) == [("s", 30)]
+
+
+def test_a_starved_adapter_gets_a_slot_although_others_keep_coming() -> None:
+    desk = Desk(num_slots=1, starvation_s=1.0)
+    desk.bring(ref("popular"))
+    first = desk.add("p0", 3, ref("popular"))
+    desk.step(0.0)
+    desk.add("starved", 3, ref("rare"))
+    desk.step(0.1)
+    desk.add("p1", 3, ref("popular"))
+    assert ("p1", 3) in names(desk.step(0.5))
+    desk.add("p2", 3, ref("popular"))
+    assert "p2" not in dict(names(desk.step(1.2)))
+    desk.scheduler.end(first)
+    desk.scheduler.end(next(s for s in desk.scheduler.running if s.request_id == "p1"))
+    assert desk.scheduler.wanted(1.3) == [ref("rare")]
+    desk.bring(*desk.scheduler.wanted(1.3))
+    assert dict(names(desk.step(1.4)))["starved"] == 3
+
+
+def test_an_adapter_being_unloaded_gets_no_new_sequences() -> None:
+    desk = Desk()
+    desk.bring(ref("x"))
+    desk.scheduler.draining = {ref("x")}
+    desk.add("s", 3, ref("x"))
+    assert names(desk.step()) == []
+    assert desk.scheduler.wanted(0.0) == []
