@@ -1,5 +1,5 @@
-"""Token ids -> text, as they come. Byte-exact: the pieces joined are the decoding of all ids, and no piece ends inside a
-character.
+"""Token ids -> text, as they come. Byte-exact: the pieces joined are the decoding of all ids, and no piece ends inside
+a character.
 
 A token of a byte-level vocabulary is bytes, not text: an emoji may be four tokens. Vocabulary knows each token's bytes;
 a Detokenizer is one sequence's decoder, which keeps the first bytes of an unfinished character for later.
@@ -22,14 +22,18 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError for a tokenizer that is not byte-level."""
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-            raise ValueError(f"the tokenizer's decoder is {type(tokenizer.decoder).__name__}; ByteLevel is needed")
+            raise ValueError(
+                f"the tokenizer's decoder is {type(tokenizer.decoder).__name__}; ByteLevel is needed"
+            )
         self._tokenizer = tokenizer
         self._hidden = frozenset(
             token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special and token.content not in KEPT_SPECIALS
         )
-        self._known: dict[int, bytes] = {}  # grows to the vocabulary at most; a racing write repeats the same value
+        self._known: dict[
+            int, bytes
+        ] = {}  # grows to the vocabulary at most; a racing write repeats the same value
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's bytes, specials too; empty for an id that the tokenizer does not know."""
@@ -75,7 +79,11 @@ class Detokenizer:
 
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's: printable Latin-1 stands for itself, every other byte for a character from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
     alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})

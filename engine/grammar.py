@@ -31,9 +31,9 @@ MAX_CACHED: Final = 64
 MAX_MESSAGE_CHARS: Final = 400
 TOOL_CALL_OPEN: Final = "<tool_call>"
 
-# llguidance descends 10 KB of stack for each link of a chain of $refs, and 64 KiB of schema can hold thousands of links:
-# on an ordinary thread's 8 MiB that is a segmentation fault of the whole process. Address space only; pages are taken
-# as they are touched.
+# llguidance descends 10 KB of stack for each link of a chain of $refs, and 64 KiB of schema can hold thousands of
+# links: on an ordinary thread's 8 MiB that is a segmentation fault of the whole process. Address space only; pages are
+# taken as they are touched.
 COMPILE_STACK_BYTES: Final = 512 * 1024 * 1024
 
 # Between JSON tokens: room for pretty-printing nine levels deep, but a model cannot go on with spaces for ever.
@@ -81,9 +81,7 @@ class GrammarState:
 class Grammar:
     """Compiled, immutable, shared by all sequences that ask for it; any thread may start one."""
 
-    def __init__(
-        self, matcher: llguidance.LLMatcher, vocab_size: int, eos_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
@@ -131,7 +129,9 @@ class GrammarCompiler:
         """The grammar in llguidance's own form."""
         num_bytes = len(spec.source.encode("utf-8", "surrogatepass"))
         if num_bytes > MAX_SOURCE_BYTES:
-            raise GrammarError(f"the schema has {num_bytes} bytes; the limit is {MAX_SOURCE_BYTES}: shorten it")
+            raise GrammarError(
+                f"the schema has {num_bytes} bytes; the limit is {MAX_SOURCE_BYTES}: shorten it"
+            )
         match spec.kind:
             case "json_object":
                 return _json_grammar('{"type": "object"}')
@@ -141,7 +141,9 @@ class GrammarCompiler:
                 return str(llguidance.LLMatcher.grammar_from_regex(spec.source))
             case "lark":
                 if TOOL_CALL_OPEN in spec.source and self._tokenizer.token_to_id(TOOL_CALL_OPEN) is None:
-                    raise GrammarError("this base's tokenizer has no <tool_call> token: a tool call cannot be enforced")
+                    raise GrammarError(
+                        "this base's tokenizer has no <tool_call> token: a tool call cannot be enforced"
+                    )
                 return str(llguidance.LLMatcher.grammar_from_lark(spec.source))
 
     def _build(self, source: str) -> Grammar:
@@ -191,7 +193,7 @@ def _shorten(message: str) -> str:
 
 
 def _on_deep_stack(work: Callable[[], Grammar]) -> Grammar:
-    """Run ``work`` on a new thread with a deep stack and wait for it. Raises what it raises; a panic is a GrammarError."""
+    """Run ``work`` on a new thread with a deep stack and wait. Raises what it raises; a panic becomes a GrammarError."""
     outcome: Future[Grammar] = Future()
 
     def run() -> None:

@@ -18,7 +18,9 @@ from engine.ranking import ranked_ids
 FLOOR = -9999.0  # for a token of probability 0; minus infinity has no JSON (vLLM's figure)
 
 
-def score_tokens(rows: Sequence[Tensor], token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprob]:
+def score_tokens(
+    rows: Sequence[Tensor], token_ids: Sequence[int], nums_top: Sequence[int]
+) -> list[TokenLogprob]:
     """For each row ([V] float32, finite) the log-probability of its token and of its ``num_top`` likeliest tokens."""
     scored = [_score(row, i, num) for row, i, num in zip(rows, token_ids, nums_top, strict=True)]
     if not scored:

@@ -1,7 +1,7 @@
 """RandomStream: one sequence's random numbers, addressed by token index.
 
-There is no generator that advances: the number for token i is a hash of (seed, i). So a request with a seed gives the same
-tokens whatever its neighbours, its chunking, and however often a step had to be retried.
+There is no generator that advances: the number for token i is a hash of (seed, i). So a request with a seed gives the
+same tokens whatever its neighbours, its chunking, and however often a step had to be retried.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import secrets
 from dataclasses import dataclass
 
 _WORD = (1 << 64) - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # of SplitMix64 (Steele, Lea, Flood 2014), as are the two multipliers below
+_GOLDEN_GAMMA = (
+    0x9E3779B97F4A7C15  # of SplitMix64 (Steele, Lea, Flood 2014), as are the two multipliers below
+)
 
 
 def _mix(word: int) -> int:

@@ -1,9 +1,9 @@
 """From logits to one token a row: temperature, min_p, top_k, top_p, and the draw.
 
 Probabilities become integers (a share of 2**40 of the likeliest token's), so that every sum below is exact: no result
-depends on the order of an addition, hence none on the device's scan, the width of a sort, or the neighbours in a batch.
-The one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so callers
-on a CPU pass one row at a time, and on CUDA any number.
+depends on the order of an addition, hence none on the device's scan, the width of a sort, or a batch's other rows. The
+one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so callers on
+a CPU pass one row at a time, and on CUDA any number.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     exact = logits.double()
     temperatures = _column([p.temperature for p in params], logits)
     relative = torch.exp((exact - exact.amax(-1, keepdim=True)) / temperatures)
-    relative = relative.nan_to_num(nan=0.0)  # a row that is not finite fails elsewhere; here it must only not throw
+    relative = relative.nan_to_num(
+        nan=0.0
+    )  # a row that is not finite fails elsewhere; here it must only not throw
     relative = relative.masked_fill(relative < _column([p.min_p for p in params], logits), 0.0)
     return (relative * WEIGHT_ONE).long()
 

@@ -34,7 +34,10 @@ class Delta:
         """This piece and the next as one."""
         prompt_logprobs = self.prompt_logprobs if self.prompt_logprobs is not None else later.prompt_logprobs
         return Delta(
-            self.text + later.text, self.token_ids + later.token_ids, self.logprobs + later.logprobs, prompt_logprobs
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            prompt_logprobs,
         )
 
 
@@ -106,7 +109,9 @@ class TextAssembler:
         delta = self._delta(text, is_last=match is not None)
         if message.prompt_logprobs is not None:
             delta = replace(delta, prompt_logprobs=message.prompt_logprobs)
-        items: list[Delta | Finish] = [delta] if text or delta.token_ids or delta.prompt_logprobs is not None else []
+        items: list[Delta | Finish] = (
+            [delta] if text or delta.token_ids or delta.prompt_logprobs is not None else []
+        )
         if match is not None:
             self.is_finished = True
             items.append(Finish("stop", match.stop, self._usage(), self._timings()))

@@ -13,7 +13,6 @@ from engine.errors import GrammarError
 from engine.grammar import json_options
 from engine.sampling import GrammarSpec
 
-
 TAIL: Final = "}\n"
 
 
