@@ -1,0 +1,123 @@
+"""Catalogue: the registry's index in memory: names, versions and near names, found in microseconds.
+
+Owns lookups and nothing durable; the ledger is the truth and the registry keeps the two equal, under its own lock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from adapters.ref import AdapterRef
+from adapters.validation import PackageReport
+
+NUM_NEAR = 3
+_MAX_CANDIDATES = 256
+"""difflib takes about 20 us a name: a miss among 10,000 names must not cost the event loop 200 ms."""
+_MIN_DIGEST_PREFIX = 8
+"""Hex digits of a digest by which a version may be named: 32 bits do not collide among thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One version of one name; immutable, as the version is."""
+
+    ref: AdapterRef
+    report: PackageReport
+    source: str
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord:
+    """One name: its versions, oldest first, and which of them it means."""
+
+    name: str
+    current: int
+    is_pinned: bool
+    is_enabled: bool
+    versions: tuple[VersionRecord, ...]
+
+    def version(self, number: int) -> VersionRecord | None:
+        return next((record for record in self.versions if record.ref.version == number), None)
+
+    @property
+    def head(self) -> VersionRecord:
+        return next(record for record in self.versions if record.ref.version == self.current)
+
+    def select(self, selector: str) -> VersionRecord | None:
+        """The version that ``3`` or ``sha256:<at least 8 hex digits>`` names."""
+        if selector.isascii() and selector.isdigit() and len(selector) < 10:
+            return self.version(int(selector))
+        prefix = selector.removeprefix("sha256:")
+        if prefix == selector or len(prefix) < _MIN_DIGEST_PREFIX:
+            return None
+        matches = [record for record in self.versions if record.ref.digest.startswith(prefix)]
+        return matches[0] if len(matches) == 1 else None
+
+
+class Catalogue:
+    """Not thread-safe."""
+
+    def __init__(self, records: Iterable[NameRecord] = ()) -> None:
+        self._records = {record.name: record for record in records}
+        self._forwards = sorted(self._records)
+        self._backwards = sorted(name[::-1] for name in self._records)
+        self._digests = Counter(version.ref.digest for record in self for version in record.versions)
+
+    def __iter__(self) -> Iterator[NameRecord]:
+        return iter(self._records.values())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, name: str) -> NameRecord | None:
+        return self._records.get(name)
+
+    def find(self, ref: AdapterRef) -> VersionRecord | None:
+        record = self._records.get(ref.name)
+        version = record.version(ref.version) if record else None
+        return version if version and version.ref == ref else None
+
+    def put(self, record: NameRecord) -> None:
+        self.drop(record.name)
+        self._records[record.name] = record
+        bisect.insort(self._forwards, record.name)
+        bisect.insort(self._backwards, record.name[::-1])
+        self._digests.update(version.ref.digest for version in record.versions)
+
+    def drop(self, name: str) -> None:
+        record = self._records.pop(name, None)
+        if record is None:
+            return
+        self._forwards.pop(bisect.bisect_left(self._forwards, name))
+        self._backwards.pop(bisect.bisect_left(self._backwards, name[::-1]))
+        for version in record.versions:
+            self._digests[version.ref.digest] -= 1
+            if not self._digests[version.ref.digest]:
+                del self._digests[version.ref.digest]
+
+    def has_digest(self, digest: str) -> bool:
+        return digest in self._digests
+
+    def near(self, name: str, is_visible: Callable[[str], bool]) -> tuple[str, ...]:
+        """Up to three names that ``name`` may have meant, of those that the asker may see."""
+        by_fold = {found.casefold(): found for found in self._neighbours(name) if is_visible(found)}
+        matches = difflib.get_close_matches(name[:200].casefold(), by_fold, n=NUM_NEAR)
+        return tuple(by_fold[match] for match in matches)
+
+    def _neighbours(self, name: str) -> list[str]:
+        """All names when they are few; else those beside it in order, read forwards and read backwards."""
+        if len(self._forwards) <= _MAX_CANDIDATES:
+            return self._forwards
+        forwards = _around(self._forwards, name)
+        backwards = [found[::-1] for found in _around(self._backwards, name[::-1])]
+        return [*forwards, *backwards]
+
+
+def _around(ordered: list[str], name: str) -> list[str]:
+    middle = bisect.bisect_left(ordered, name)
+    return ordered[max(0, middle - _MAX_CANDIDATES // 4) : middle + _MAX_CANDIDATES // 4]
