@@ -1,0 +1,89 @@
+"""Small adapters over small linears, for tests of slots, routing and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapters.layer import attach
+from adapters.ref import AdapterRef
+from adapters.routing import RoutingSet
+from adapters.sites import Site
+from adapters.slots import SlotBank
+from adapters.weights import AdapterWeights, SiteWeights
+
+CPU = torch.device("cpu")
+
+
+def make_ref(name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(name, version, digest=f"digest-{name}-{version}")
+
+
+def make_weights(
+    seed: int, ranks: Mapping[str, int], sites: Mapping[str, Site], *, is_dora: bool = False
+) -> AdapterWeights:
+    """An adapter with the given rank at each named site; deltas are about as large as the base's outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: _site_weights(generator, rank, sites[name], is_dora) for name, rank in ranks.items()}
+    num_bytes = sum(site.num_bytes for site in made.values())
+    return AdapterWeights(made, num_bytes, max(ranks.values(), default=0), f"digest-{seed}")
+
+
+def _site_weights(generator: torch.Generator, rank: int, site: Site, is_dora: bool) -> SiteWeights:
+    a = torch.randn(rank, site.in_features, generator=generator) / site.in_features**0.5
+    b = torch.randn(site.out_features, rank, generator=generator) / rank**0.5
+    magnitude = torch.rand(site.out_features, generator=generator) * 2 + 0.5 if is_dora else None
+    return SiteWeights(a, b, magnitude)
+
+
+def row_slots(segments: Sequence[tuple[int, int]]) -> list[int]:
+    """Runs of (rows, slot), as ``Routing.fill`` takes them, as one slot a row."""
+    return [slot for num_rows, slot in segments for _ in range(num_rows)]
+
+
+class Tiny(nn.Module):
+    """A "model" of named bf16 linears; forward sends the same x through each."""
+
+    def __init__(self, widths: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        for name, (num_in, num_out) in widths.items():
+            self.add_module(name, nn.Linear(num_in, num_out).to(dtype))
+        self.requires_grad_(False)
+
+
+class Bench:
+    """A tiny model with a bank attached: everything around one or a few linears."""
+
+    def __init__(
+        self,
+        widths: Mapping[str, tuple[int, int]],
+        *,
+        num_slots: int = 16,
+        max_rank: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.module = Tiny(widths, dtype)
+        self.sites = {name: Site(name, *each, "language") for name, each in widths.items()}
+        self.bank = SlotBank(self.sites, num_slots, max_rank, torch.float32, CPU)
+        self.routing = RoutingSet.on(CPU)
+        attach(self.module, self.sites, self.bank, self.routing, plain_weight)
+
+    def run(self, name: str, x: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+        self.routing.language.fill(segments)
+        with torch.inference_mode():
+            result: Tensor = self.module.get_submodule(name)(x)
+        return result
+
+    def base(self, name: str, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            result: Tensor = self.module.get_submodule(name).get_submodule("base")(x)
+        return result
+
+
+def plain_weight(linear: nn.Module) -> Tensor:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
