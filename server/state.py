@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,7 +49,9 @@ class Engine(Protocol):
 
     async def compile_grammar(self, spec: GrammarSpec) -> None: ...
 
-    async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport: ...
+    async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport:
+        """``pin`` says whether it is pinned from then on; so loading a pinned one without unpins it."""
+        ...
 
     async def unload_adapter(self, ref: AdapterRef, *, timeout_s: float = 30.0) -> UnloadReport: ...
 
@@ -91,6 +93,22 @@ class Drain:
         return True
 
 
+class Background:
+    """Tasks that outlive the request that started them; kept from the garbage collector until they end."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self) -> None:
+        """Wait for all of them; for tests and for stopping."""
+        await asyncio.gather(*self._tasks)
+
+
 @dataclass(slots=True)
 class ServerState:
     settings: Settings
@@ -106,9 +124,23 @@ class ServerState:
     """Longest prompt plus output in tokens, as the engine decided."""
     memory_by_part: dict[str, int] = field(default_factory=dict)
     drain: Drain = field(default_factory=Drain)
+    background: Background = field(default_factory=Background)
     load_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     """Registrations and loads under way at once; a third is 429 too_many_loads."""
     started_s: float = field(default_factory=time.time)
+
+
+def unready_reasons(state: ServerState) -> list[str]:
+    """Why the server should get no new requests; empty when it should."""
+    status = state.engine.status()
+    reasons = []
+    if state.drain.is_draining or status.is_draining:
+        reasons.append("draining")
+    if not status.is_alive:
+        reasons.append("the engine is not running")
+    if not reasons and not status.is_ready:
+        reasons.append("the engine is warming up")
+    return reasons
 
 
 def state_of(connection: HTTPConnection) -> ServerState:

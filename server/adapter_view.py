@@ -1,0 +1,58 @@
+"""How an adapter looks on the wire: one flat record, made from the registry's entry and the engine's status."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from adapters.ref import AdapterRef
+from engine.status import EngineStatus
+
+if TYPE_CHECKING:
+    from adapters.registry import AdapterEntry
+
+Record = dict[str, object]
+
+
+class AdapterViewer:
+    """Joins entries with one status: cheap for 10,000 of them."""
+
+    def __init__(self, status: EngineStatus) -> None:
+        self._slots = {slot.ref: slot for slot in status.slots if slot.ref is not None}
+        self._host = status.host_refs
+
+    def record(self, entry: AdapterEntry) -> Record:
+        ref, report = entry.ref, entry.report
+        tier, state = self._place(ref)
+        return {
+            "name": ref.name,
+            "version": ref.version,
+            "digest": ref.digest,
+            "state": state,
+            "tier": tier,
+            "rank": report.rank,
+            "targets": list(report.targets),
+            "kind": str(report.kind),
+            "bytes": report.num_bytes,
+            "refs": entry.num_leases,
+            "last_used": _time(entry.last_used_s),
+            "created": _time(entry.created_s),
+            "source": entry.source,
+            "profile": None,
+            "pinned": entry.is_pinned,
+        }
+
+    def _place(self, ref: AdapterRef) -> tuple[str, str]:
+        """(tier, state): the fastest tier that holds it; ``loading`` while it is on its way to the device."""
+        slot = self._slots.get(ref)
+        if slot is not None and slot.state == "resident":
+            return "device", "loaded"
+        tier = "host" if ref in self._host else "disk"
+        return tier, "loading" if slot is not None else "unloaded"
+
+
+def _time(unix_s: float | None) -> str | None:
+    """RFC 3339, UTC, milliseconds."""
+    if unix_s is None:
+        return None
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

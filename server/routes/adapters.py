@@ -1,0 +1,139 @@
+"""``/v1/adapters``: the native admin surface. Reading takes any key, changing takes the scope admin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server import admin
+from server.adapter_view import AdapterViewer
+from server.admin import Registration
+from server.errors import WireError, unsupported
+from server.routes.reply import Fields, actor_of, json_reply
+from server.state import ServerState, state_of
+from server.strictjson import read_object
+
+if TYPE_CHECKING:
+    from adapters.registry import AdapterEntry
+
+router = APIRouter(tags=["adapters"])
+
+SCHEMES_OFF = "this server registers folders under its --adapter-root only; hub and object-store sources are not supported yet"
+LATER = "this server keeps one current version of each name: register the content again under the name that you want"
+
+
+@router.get("/v1/adapters")
+async def list_adapters(request: Request) -> Response:
+    """Every adapter that the caller may use."""
+    state, actor = state_of(request), actor_of(request)
+    viewer = AdapterViewer(state.engine.status())
+    records = [viewer.record(e) for e in state.registry.entries() if actor.caller.may_use(e.ref.name)]
+    return json_reply({"object": "list", "data": records})
+
+
+@router.post("/v1/adapters")
+async def register_adapter(request: Request) -> Response:
+    """Register a folder under a name: 201; the same content again: 200."""
+    state, actor = state_of(request), actor_of(request)
+    wanted = read_registration(await read_object(request))
+    entry, is_created = await admin.register(state, actor, wanted)
+    return _reply(state, entry, 201 if is_created else 200)
+
+
+def read_registration(body: dict[str, object]) -> Registration:
+    """Raises WireError 400 naming the field."""
+    fields = Fields(body)
+    wanted = Registration(
+        name=fields.text("name", 256),
+        source=fields.text("source"),
+        sha256=fields.optional_text("sha256", 80),
+        should_pin=fields.flag("pin", False),
+        should_load=fields.flag("load", True),
+    )
+    fields.refuse("version", "versions are numbered by this server: leave `version` out")
+    fields.refuse("profile", "profiles are not supported yet: leave `profile` out")
+    fields.end()
+    if "://" in wanted.source and not wanted.source.startswith("file://"):
+        raise unsupported(SCHEMES_OFF, "source")
+    return wanted
+
+
+@router.get("/v1/adapters/{name:path}")
+async def show_adapter(request: Request, name: str) -> Response:
+    state = state_of(request)
+    return _reply(state, admin.find(state, actor_of(request), name))
+
+
+@router.delete("/v1/adapters/{name:path}")
+async def delete_adapter(request: Request, name: str) -> Response:
+    """Unregister: 404 from now on; requests in flight on it finish, then its memory is freed."""
+    entry = await admin.remove(state_of(request), actor_of(request), name)
+    return json_reply({"name": entry.ref.name, "version": entry.ref.version, "deleted": True})
+
+
+@router.patch("/v1/adapters/{name:path}")
+async def change_adapter(request: Request, name: str) -> Response:
+    admin.find(state_of(request), actor_of(request), name)
+    raise unsupported("profiles are not supported yet, and nothing else of an adapter changes")
+
+
+@router.post("/v1/adapters/{name:path}/load")
+async def load_adapter(request: Request, name: str) -> Response:
+    state, actor = state_of(request), actor_of(request)
+    await _no_fields(request)
+    return _reply(state, await admin.load(state, actor, name))
+
+
+@router.post("/v1/adapters/{name:path}/unload")
+async def unload_adapter(request: Request, name: str) -> Response:
+    """Drain and free; says how many bytes came back."""
+    state, actor = state_of(request), actor_of(request)
+    await _no_fields(request)
+    entry, freed = await admin.unload(state, actor, name)
+    record = AdapterViewer(state.engine.status()).record(entry)
+    return json_reply(
+        {
+            **record,
+            "freed_bytes": freed.device_bytes + freed.host_bytes,
+            "freed_device_bytes": freed.device_bytes,
+            "freed_host_bytes": freed.host_bytes,
+        }
+    )
+
+
+@router.post("/v1/adapters/{name:path}/pin")
+async def pin_adapter(request: Request, name: str) -> Response:
+    state, actor = state_of(request), actor_of(request)
+    await _no_fields(request)
+    return _reply(state, await admin.pin(state, actor, name))
+
+
+@router.post("/v1/adapters/{name:path}/unpin")
+async def unpin_adapter(request: Request, name: str) -> Response:
+    state, actor = state_of(request), actor_of(request)
+    await _no_fields(request)
+    return _reply(state, await admin.unpin(state, actor, name))
+
+
+@router.post("/v1/adapters/{name:path}/promote")
+@router.post("/v1/adapters/{name:path}/rollback")
+async def move_alias(request: Request, name: str) -> Response:
+    admin.find(state_of(request), actor_of(request), name)
+    raise unsupported(LATER)
+
+
+@router.post("/v1/adapters/{name:path}")
+async def unknown_act(request: Request, name: str) -> Response:
+    raise WireError(404, "not_found", "no such act: POST /v1/adapters/{name}/ load, unload, pin or unpin")
+
+
+async def _no_fields(request: Request) -> None:
+    """These acts take no field; an empty body or an empty object."""
+    if await request.body():
+        Fields(await read_object(request)).end()
+
+
+def _reply(state: ServerState, entry: AdapterEntry, status: int = 200) -> Response:
+    return json_reply(AdapterViewer(state.engine.status()).record(entry), status)
