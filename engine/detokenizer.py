@@ -8,12 +8,22 @@ a Detokenizer is one sequence's decoder, which keeps the first bytes of an unfin
 from __future__ import annotations
 
 import codecs
-from typing import Final
+from typing import Final, Protocol
 
 from tokenizers import Tokenizer, decoders
 
-KEPT_SPECIALS: Final = frozenset({"<tool_call>", "</tool_call>"})
+KEPT_SPECIALS: Final = frozenset({b"<tool_call>", b"</tool_call>"})
 """Text even where a tokenizer calls them special: the tool-call parser reads them. (Qwen's own does not.)"""
+
+
+class TokenTable(Protocol):
+    """What a token id stands for: a Vocabulary here, and ``base.processor.Processor`` is one too."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's bytes, also of a special one; empty for an id that names none."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Is it no part of the text?"""
 
 
 class Vocabulary:
@@ -26,11 +36,8 @@ class Vocabulary:
                 f"the tokenizer's decoder is {type(tokenizer.decoder).__name__}; ByteLevel is needed"
             )
         self._tokenizer = tokenizer
-        self._hidden = frozenset(
-            token_id
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special and token.content not in KEPT_SPECIALS
-        )
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._known: dict[
             int, bytes
         ] = {}  # grows to the vocabulary at most; a racing write repeats the same value
@@ -42,9 +49,8 @@ class Vocabulary:
             known = self._known[token_id] = self._read(token_id)
         return known
 
-    def text_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text: nothing if it is special."""
-        return b"" if token_id in self._hidden else self.token_bytes(token_id)
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def _read(self, token_id: int) -> bytes:
         """Mirrors tokenizers' ByteLevel decoder: a token with a character outside the byte alphabet is plain UTF-8."""
@@ -60,13 +66,13 @@ class Vocabulary:
 class Detokenizer:
     """One sequence's text so far. ``feed`` each token once, then ``flush``."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, tokens: TokenTable) -> None:
+        self._tokens = tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; U+FFFD for bytes that no continuation could make valid."""
-        return self._decoder.decode(self._vocabulary.text_bytes(token_id))
+        return self._decoder.decode(self._text_bytes(token_id))
 
     @property
     def is_inside_character(self) -> bool:
@@ -75,6 +81,11 @@ class Detokenizer:
     def flush(self) -> str:
         """At the end: U+FFFD for a character that was not finished."""
         return self._decoder.decode(b"", final=True)
+
+    def _text_bytes(self, token_id: int) -> bytes:
+        token = self._tokens.token_bytes(token_id)
+        is_hidden = self._tokens.is_special(token_id) and token not in KEPT_SPECIALS
+        return b"" if is_hidden else token
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -193,7 +193,7 @@ def _shorten(message: str) -> str:
 
 
 def _on_deep_stack(work: Callable[[], Grammar]) -> Grammar:
-    """Run ``work`` on a new thread with a deep stack and wait. Raises what it raises; a panic becomes a GrammarError."""
+    """Run ``work`` on a new thread with a deep stack and wait. Raises what it raises; a panic is a GrammarError."""
     outcome: Future[Grammar] = Future()
 
     def run() -> None:

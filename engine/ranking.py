@@ -9,7 +9,7 @@ _LOW_WORD = 0xFFFFFFFF
 
 
 def ranked_ids(logits: Tensor, num: int) -> Tensor:
-    """[..., V] float32 without NaN -> [..., num] int64: the ``num`` best tokens, best first, in ties the lowest id first.
+    """[..., V] float32 without NaN -> [..., num] int64: the ``num`` best ids, best first, in ties the lowest id first.
 
     Logit and id are packed into one integer, so that no two keys are equal and no sort has a choice.
     """

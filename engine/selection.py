@@ -1,9 +1,9 @@
 """From logits to one token a row: temperature, min_p, top_k, top_p, and the draw.
 
 Probabilities become integers (a share of 2**40 of the likeliest token's), so that every sum below is exact: no result
-depends on the order of an addition, hence none on the device's scan, the width of a sort, or a batch's other rows. The
-one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so callers on
-a CPU pass one row at a time, and on CUDA any number.
+depends on the order of an addition, hence none on the device's scan, the width of a sort, or a batch's other rows.
+The one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so
+callers on a CPU pass one row at a time, and on CUDA any number.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.detokenizer import Detokenizer, Vocabulary
+from engine.detokenizer import Detokenizer, TokenTable
 from engine.messages import Finished, FinishReason, Started, Timings, TokenLogprob, Tokens, Usage
 from engine.request import GenerationRequest
 from engine.stopping import StopMatch, StopMatcher
@@ -64,11 +64,11 @@ class TextAssembler:
     """Fed on one thread with one request's messages, in order."""
 
     def __init__(
-        self, request: GenerationRequest, vocabulary: Vocabulary, clock: Callable[[], float] = time.monotonic
+        self, request: GenerationRequest, tokens: TokenTable, clock: Callable[[], float] = time.monotonic
     ) -> None:
         params = request.sampling
         self._request = request
-        self._detokenizer = Detokenizer(vocabulary)
+        self._detokenizer = Detokenizer(tokens)
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output)
         self._clock = clock
         self._pending: deque[_PendingToken] = deque()
