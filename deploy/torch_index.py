@@ -1,8 +1,8 @@
 """Print the pip options with which torch installs without CUDA's gigabytes, where no GPU could use them.
 
-On Linux, PyPI's torch brings some 3 GB of CUDA libraries; PyTorch's own CPU index has the same version without them. The
-options are printed only where they help and cannot hurt: no NVIDIA driver here, pip's own configuration names no index or
-wheel folder (a mirror is respected as it is), and the CPU index answers within three seconds. Otherwise: nothing.
+On Linux, PyPI's torch brings some 3 GB of CUDA libraries; PyTorch's own CPU index has the same version without them.
+The options are printed only where they help and cannot hurt: no NVIDIA driver here, pip's own configuration names no
+index or wheel folder (a mirror is respected as it is), and the CPU index answers within three seconds.
 
 Usage: torch_index.py [INDEX]   INDEX overrides the decision: a URL to use, or "none".
 """

@@ -1,0 +1,152 @@
+"""`lorikeet adapters ...`: a running server's adapters, and the offline check of a package. Noun, then verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.commands.remote import DEFAULT_URL, AsJson, Key, Remote, RemoteError, Url, segment
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="List, add, remove, load and check adapters.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="Adapter's name.")]
+
+
+@app.command("list")
+def list_adapters(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Show every registered adapter and where its weights are."""
+    listing = _call(Remote(url, api_key), "GET", "/v1/adapters")
+    rows = listing.get("data", [])
+    if as_json:
+        _write_json(listing)
+    elif rows:
+        from rich.console import Console
+
+        Console().print(_table(rows))
+    else:
+        typer.echo("No adapter is registered. lorikeet adapters add NAME FOLDER adds one.")
+
+
+@app.command("show")
+def show(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Show all that is known about one adapter."""
+    _report(_call(Remote(url, api_key), "GET", f"/v1/adapters/{segment(name)}"), as_json)
+
+
+@app.command("add")
+def add(
+    name: Name,
+    source: Annotated[
+        str, typer.Argument(help="Folder on the server's machine, under one of its --adapter-root.")
+    ],
+    sha256: Annotated[str | None, typer.Option(help="Refuse the package unless this is its digest.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Bring it to the device now.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a package under a name; the same name again makes its next version."""
+    folder = Path(source)
+    body: dict[str, object] = {"name": name, "source": str(folder.resolve()) if folder.is_dir() else source}
+    body |= {"sha256": sha256} if sha256 else {}
+    body |= {"pin": True} if pin else {}
+    body |= {"load": True} if load else {}
+    _report(_call(Remote(url, api_key), "POST", "/v1/adapters", body), as_json)
+
+
+@app.command("remove")
+def remove(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Unregister an adapter; requests that run on it finish."""
+    _report(_call(Remote(url, api_key), "DELETE", f"/v1/adapters/{segment(name)}"), as_json)
+
+
+@app.command("load")
+def load(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Bring an adapter to the device before its first request."""
+    _act("load", name, Remote(url, api_key), as_json)
+
+
+@app.command("unload")
+def unload(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Take an adapter off the device and say how many bytes came back; it stays registered."""
+    _act("unload", name, Remote(url, api_key), as_json)
+
+
+@app.command("pin")
+def pin(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Keep an adapter on the device however little it is used."""
+    _act("pin", name, Remote(url, api_key), as_json)
+
+
+@app.command("unpin")
+def unpin(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Let an adapter leave the device again when others need its slot."""
+    _act("unpin", name, Remote(url, api_key), as_json)
+
+
+@app.command("check")
+def check(
+    folder: Annotated[
+        Path, typer.Argument(help="PEFT folder: adapter_config.json, adapter_model.safetensors.")
+    ],
+    base: Annotated[str, typer.Option(help="The base it is for: pocket, a hub id, or a folder.")] = "pocket",
+    max_rank: Annotated[int, typer.Option(help="The server's max_rank.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Say in one line whether a server with this base would accept a package, and why not. Needs no server."""
+    from server.commands.check import check_folder
+
+    verdict = check_folder(folder, base, max_rank)
+    if as_json:
+        _write_json(verdict.as_dict())
+    else:
+        typer.echo(verdict.text)
+    raise typer.Exit(0 if verdict.is_accepted else 1)
+
+
+def _act(verb: str, name: str, remote: Remote, as_json: bool) -> None:
+    _report(_call(remote, "POST", f"/v1/adapters/{segment(name)}/{verb}", {}), as_json)
+
+
+def _call(remote: Remote, method: str, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
+    """As Remote.call; a failure is one line on stderr and status 1."""
+    try:
+        return remote.call(method, path, body)
+    except RemoteError as error:
+        typer.echo(f"lorikeet: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _report(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _write_json(value)
+        return
+    for key, item in value.items():
+        typer.echo(f"{key:<16} {_shown(item)}")
+
+
+def _write_json(value: dict[str, Any]) -> None:
+    import orjson
+
+    typer.echo(orjson.dumps(value).decode())
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    columns = ("name", "version", "kind", "rank", "targets", "tier", "state", "refs", "bytes")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in columns))
+    return table
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "-" if value is None else str(value)
