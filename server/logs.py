@@ -1,0 +1,90 @@
+"""Logs: one line an event, as text or JSON, to stderr. No prompt, output, key or host path gets in.
+
+Owns the formats. A failure is written as its class and the places in code that it went through, without its message,
+which may quote a client; level debug shows Python's whole traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Literal
+
+import orjson
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+_QUIET = (
+    "uvicorn",
+    "uvicorn.error",
+    "uvicorn.access",
+    "httpx2",
+    "httpcore2",
+    "PIL",
+    "asyncio",
+    "transformers",
+)
+
+
+def configure_logging(level: str, kind: Literal["text", "json"]) -> None:
+    """Send every logger to stderr in our format; libraries speak from warnings up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if kind == "json" else TextLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("lorikeet").setLevel(level.upper())
+    for name in _QUIET:
+        quiet = logging.getLogger(name)
+        quiet.handlers.clear()
+        quiet.propagate = True
+        quiet.setLevel(logging.WARNING)
+
+
+class TextLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_time(record)} {record.levelname.lower():<7} {record.name} {record.getMessage()}"
+        if record.exc_info:
+            line += f" trace={trace_of(record.exc_info)}"
+            if logging.getLogger("lorikeet").isEnabledFor(logging.DEBUG):
+                line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        event, _, rest = record.getMessage().partition(" ")
+        fields = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": event,
+        }
+        if rest:
+            fields["text"] = rest
+        if record.exc_info:
+            fields["trace"] = trace_of(record.exc_info)
+        return orjson.dumps(fields).decode()
+
+
+def trace_of(exc_info: ExcInfo) -> str:
+    """``ValueError@server.routes.chat:41>engine.client:17``: the class, then the places from the outside in."""
+    kind, error, _ = exc_info
+    if kind is None or error is None:
+        return "-"
+    return f"{kind.__name__}@" + ">".join(_places(error.__traceback__))
+
+
+def _places(trace: TracebackType | None) -> Iterator[str]:
+    while trace is not None:
+        yield f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
+        trace = trace.tb_next
+
+
+def _time(record: logging.LogRecord) -> str:
+    return (
+        datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )

@@ -1,0 +1,238 @@
+"""run_server: from settings to a running server and back. The composition root: the one place that knows every room.
+
+Heavy imports happen inside the functions, so that a wrong setting is reported before torch is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.keys import KeyFileError, KeyRing, read_keys
+from server.logs import configure_logging
+from server.places import PlaceError, adapter_roots, open_state_dir
+
+if TYPE_CHECKING:
+    from base.model import BaseModel
+    from server.roots import RootsReport
+    from server.settings import Settings
+    from server.startpage import StartPage
+    from server.state import ServerState
+
+logger = logging.getLogger("lorikeet.server")
+
+BACKLOG = 2048
+PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class StartError(Exception):
+    """The server cannot start; ``str()`` says what to change."""
+
+
+def run_server(settings: Settings) -> None:
+    """Load, listen, serve until a signal, and leave cleanly. Ends the process with status 1 if it cannot start."""
+    configure_logging(settings.log_level, settings.log_format)
+    try:
+        with _ending_on_sigterm(), _listening(settings) as listener:
+            url = _url(settings.host, listener.getsockname()[1])
+            with _state(settings) as (state, page):
+                text = replace(page, url=url).text()
+                _serve(state, listener, lambda: _write(text))
+    except StartError as error:
+        _write(f"lorikeet serve: {error}\n", to_errors=True)
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """While loading, SIGTERM just ends the process; a container's first process would ignore it otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches the server."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host).strip("[]")
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[], None]) -> None:
+    import uvicorn
+
+    from server.app import create_app
+    from server.draining import DrainingServer
+
+    config = uvicorn.Config(
+        create_app(state),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=75,  # longer than the usual proxy's 60 s, so that it is never us who closes first
+    )
+    asyncio.run(DrainingServer(config, state, on_started).serve(sockets=[listener]))
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    """The address, taken before anything is loaded; connections are accepted once the server is ready."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host.strip("[]"), settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"cannot use host {settings.host}: {error.strerror or error}") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}): choose another with --port"
+            ) from error
+        yield listener
+
+
+@contextmanager
+def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
+    """Everything that is behind the routes, and the start page; closed again at the end."""
+    ring, roots, (state_dir, does_last) = _check_places(settings)
+    base = _load(settings)
+    from adapters.errors import AdapterError
+    from adapters.registry import Registry
+    from adapters.sites import discover_sites
+    from adapters.sources.local import LocalSource
+    from adapters.validation import Limits
+    from engine.build import build_engine
+    from server.auth import Gate
+    from server.media import MediaLoader
+    from server.metrics import Metrics
+    from server.roots import register_roots
+    from server.state import ServerState, unready_reasons
+
+    limits = Limits(max_rank=settings.max_rank, max_package_bytes=int(settings.max_adapter_size))
+    sites, names = discover_sites(base.module), _base_names(settings, base.spec.name)
+    try:
+        registry = Registry(state_dir, sites, limits, names, base_fingerprint=base.spec.fingerprint)
+    except (AdapterError, OSError) as error:
+        raise StartError(f"cannot open the registry in {state_dir}: {error}") from error
+    source = LocalSource(roots)
+    report = register_roots(source, registry, state_dir)
+    metrics = Metrics(base.spec.name)
+    config = settings.engine_config()
+    try:
+        engine = build_engine(base, registry, config, metrics)
+    except (ValueError, MemoryError) as error:
+        raise StartError(str(error)) from error
+    state = ServerState(
+        settings=settings,
+        registry=registry,
+        source=source,
+        engine=engine,
+        processor=base.processor,
+        base=base.spec,
+        media=MediaLoader.of(settings, base.processor.images.max_pixels),
+        metrics=metrics,
+        gate=Gate(ring, is_loopback=settings.is_loopback),
+        max_model_len=engine.max_model_len,
+    )
+    metrics.watch(config.num_slots, config.block_size, engine.status, lambda: not unready_reasons(state))
+    try:
+        yield state, _page(state, base, report, None if does_last else state_dir)
+    finally:
+        engine.close()
+        state.media.close()
+        registry.close()
+
+
+def _check_places(settings: Settings) -> tuple[KeyRing, tuple[Path, ...], tuple[Path, bool]]:
+    """What can be wrong with the operator's files, found before the base is loaded."""
+    try:
+        ring = read_keys(settings.api_key, settings.api_keys_file)
+        return ring, adapter_roots(settings), open_state_dir(settings)
+    except (KeyFileError, PlaceError) as error:
+        raise StartError(str(error)) from error
+
+
+def _load(settings: Settings) -> BaseModel:
+    logger.info("server.loading base=%s", settings.base)
+    from base.errors import BaseError
+    from base.loader import load_base
+
+    try:
+        return load_base(settings.base_config())
+    except BaseError as error:
+        raise StartError(str(error)) from error
+
+
+def _base_names(settings: Settings, served: str) -> tuple[str, ...]:
+    """Names that a package may give for its base: the served one, and the hub id that was asked for."""
+    is_folder = Path(settings.base).exists()
+    return (served,) if is_folder or settings.base == served else (served, settings.base)
+
+
+def _page(state: ServerState, base: BaseModel, report: RootsReport, passing_dir: Path | None) -> StartPage:
+    from server.startpage import StartPage
+    from server.version import VERSION
+
+    settings = state.settings
+    status = state.engine.status()
+    memory = {
+        **base.memory_by_part,
+        "adapter slots": status.slot_bank_bytes,
+        "KV cache": int(settings.kv_memory),
+    }
+    notes = []
+    if passing_dir is not None:
+        notes.append(
+            f"Note: registered adapters are kept in {passing_dir}, which may be cleared: set --state-dir."
+        )
+    if settings.insecure_no_auth and not settings.is_loopback and not settings.has_keys:
+        notes.append("Note: other machines can use this server without a key; its admin routes are off.")
+    return StartPage(
+        url=_url(settings.host, settings.port),
+        base=base.spec.name,
+        device=str(base.device),
+        adapters=[entry.ref.name for entry in state.registry.entries()],
+        skipped=report.failures,
+        memory=memory,
+        settings=settings.rows(),
+        has_keys=settings.has_keys,
+        picture=_picture(),
+        version=VERSION,
+        notes=notes,
+    )
+
+
+def _picture() -> Path | None:
+    """A bundled picture for the example line."""
+    from base.pocket import PICTURES
+
+    pictures = sorted(path for path in PICTURES.glob("*") if path.suffix.lower() in PICTURE_KINDS)
+    return pictures[0] if pictures else None
+
+
+def _write(text: str, *, to_errors: bool = False) -> None:
+    stream = sys.stderr if to_errors else sys.stdout
+    stream.write(text)
+    stream.flush()
