@@ -1,14 +1,13 @@
 """Which adapter a request means: four places may name one, and they must agree. Never the base in silence.
 
-In order: ``adapter``; ``lora_path``, ``adapter_id`` or ``lora``; ``model``; the header ``X-Adapter``. A base id in ``model``
-names no adapter, since most clients cannot leave ``model`` out; said anywhere else, the base is a choice like any other.
+In order: ``adapter``; ``lora_path``, ``adapter_id`` or ``lora``; ``model``; the header ``X-Adapter``. A base id in
+``model`` names no adapter, since most clients cannot leave it out; elsewhere the base is a choice like any other.
 
 Knows the registry's names; knows no weights. Place in a request's way: step 2.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ from server.schemas.base import ScaledLora, WeightedAdapter
 
 HEADER = "X-Adapter"
 BASE_WORD = "base"
-NUM_NEAR = 3
-MAX_CANDIDATES = 256
-"""Names to look for near ones among, for a caller that may not use all: difflib takes some 20 us a name."""
 _LOCATION = re.compile(r"^[/\\.~]|://|\\|/.*/")
 """What no adapter's name can look like, but a path or a URL does."""
 
@@ -38,7 +34,7 @@ class Named(Protocol):
 class AdapterNames(Protocol):
     """The registry, as far as names go."""
 
-    def resolve(self, name: str) -> AdapterRef: ...
+    def resolve(self, name: str, *, is_visible: Callable[[str], bool]) -> AdapterRef: ...
 
     def entries(self) -> Sequence[Named]: ...
 
@@ -124,21 +120,17 @@ class Chooser:
 
     def _resolve(self, name: str, param: str) -> AdapterRef:
         """A name, ``name@version`` or a base id. What a caller may not use does not exist for it."""
-        if name in (BASE_WORD, self.base_name):
+        if name == self.base_name:
             return BASE
         try:
-            ref = self.names.resolve(name)
+            ref = self.names.resolve(name, is_visible=self.may_use)
+            if not (ref.is_base or self.may_use(ref.name)):
+                ref = self.names.resolve(
+                    f"{ref.name}@0", is_visible=self.may_use
+                )  # no adapter has a version 0
         except AdapterNotFound as error:
-            near = tuple(other for other in error.near if self.may_use(other))
-            raise _not_found(name, near, param) from None
-        if not self.may_use(ref.name):
-            raise _not_found(name, self._near(name), param)
+            raise _not_found(name, error.near, param) from None
         return ref
-
-    def _near(self, name: str) -> tuple[str, ...]:
-        """As the registry would suggest, among what this caller may use."""
-        usable = (entry.ref.name for entry in self.names.entries() if self.may_use(entry.ref.name))
-        return tuple(difflib.get_close_matches(name, list(islice(usable, MAX_CANDIDATES)), NUM_NEAR))
 
 
 def _only_one(refs: Sequence[tuple[AdapterRef, float]], param: str) -> AdapterRef:

@@ -38,6 +38,7 @@ from engine.errors import (
     DeadlineExceeded,
     Draining,
     EngineDown,
+    GrammarError,
     NumericalError,
     QueueFull,
 )
@@ -132,6 +133,8 @@ def _from_engine(exc: Exception) -> WireError | None:
             return WireError(503, "engine_restarting", text, headers=retry_after(RETRY_SOON_S))
         case ContextTooLong():
             return WireError(400, "context_length_exceeded", text)
+        case GrammarError():
+            return invalid_request(text)
         case DeadlineExceeded():
             return WireError(504, "deadline_exceeded", text)
         case NumericalError():

@@ -221,12 +221,14 @@ class FakeRegistry:
         self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
         self.leases: list[AdapterRef] = []
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str, *, is_visible: Callable[[str], bool] = lambda name: True) -> AdapterRef:
+        if name == "base":
+            return BASE
         stem, _, version = name.partition("@")
         for found in reversed(self.versions.get(stem, [])):
             if not version or str(found.version) == version:
                 return found
-        near = tuple(other for other in self.versions if other[:3] == stem[:3])
+        near = tuple(other for other in self.versions if other[:3] == stem[:3] and is_visible(other))
         raise AdapterNotFound(name, near)
 
     def entries(self) -> list[FakeEntry]:
@@ -246,7 +248,10 @@ class FakeMedia:
         self.failure: Exception | None = None
         self.loads: list[tuple[str, str]] = []
 
-    async def load(self, url: str, detail: str = "auto") -> ImagePart:
+    def budget(self) -> None:
+        return None
+
+    async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
         self.loads.append((url, detail))
         if self.failure is not None:
             raise self.failure
