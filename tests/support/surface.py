@@ -1,0 +1,98 @@
+"""A real server on a real socket, with a real registry of tiny packages and a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+
+from adapters.registry import Registry
+from adapters.sources.local import LocalSource
+from adapters.validation import Limits
+from server.app import create_app
+from server.auth import Gate
+from server.keys import KeyRing
+from server.media import MediaLoader
+from server.metrics import Metrics
+from server.settings import Settings
+from server.state import ServerState, unready_reasons
+from tests.fakes import BASE_NAME, FakeEngineClient, FakeProcessor, fake_spec
+from tests.support.packages import make_package, tiny_sites
+
+if TYPE_CHECKING:
+    from base.processor import Processor
+
+
+@dataclass(slots=True)
+class Surface:
+    """One server's parts, for tests that look behind the wire."""
+
+    state: ServerState
+    engine: FakeEngineClient
+    registry: Registry
+    root: Path
+    """The allowed adapter root; ``package`` writes into it."""
+    app: FastAPI
+
+    def package(self, name: str, **options: object) -> Path:
+        return make_package(self.root / name, **options)  # type: ignore[arg-type]
+
+    def register(self, name: str, **options: object) -> None:
+        self.registry.register(name, self.package(name, **options), source=f"local:{name}")
+
+
+def make_surface(
+    folder: Path, ring: KeyRing | None = None, *, is_loopback: bool = True, **settings: object
+) -> Surface:
+    root = folder / "root"
+    root.mkdir(exist_ok=True)
+    config = Settings(**settings)  # type: ignore[arg-type]
+    registry = Registry(folder / "state", tiny_sites(), Limits(), [BASE_NAME])
+    engine = FakeEngineClient()
+    metrics = Metrics(BASE_NAME)
+    state = ServerState(
+        settings=config,
+        registry=registry,
+        source=LocalSource([root]),
+        engine=engine,
+        processor=cast("Processor", FakeProcessor()),
+        base=fake_spec(),
+        media=MediaLoader.of(config, 1_000_000),
+        metrics=metrics,
+        gate=Gate(ring or KeyRing([]), is_loopback=is_loopback),
+        max_model_len=engine.max_model_len,
+    )
+    metrics.watch(8, 16, engine.status, lambda: not unready_reasons(state))
+    return Surface(state, engine, registry, root, create_app(state))
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app under uvicorn on a free port, in a thread; gives its URL."""
+    config = uvicorn.Config(
+        app, port=0, http="h11", ws="none", lifespan="off", log_config=None, access_log=False
+    )
+    server = uvicorn.Server(config)
+    listener = config.bind_socket()
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listener.close()
+
+
+@contextmanager
+def client_of(surface: Surface, **headers: str) -> Iterator[httpx2.Client]:
+    with serving(surface.app) as url, httpx2.Client(base_url=url, headers=headers, trust_env=False) as client:
+        yield client
