@@ -1,6 +1,6 @@
 """Ledger: the registry's truth on disk: names, versions and pins in one SQLite file.
 
-Owns the schema and the transactions; each public method is one, and is durable when it returns (WAL, synchronous=FULL:
+Owns the transactions; each public method is one, and is durable when it returns (WAL, synchronous=FULL:
 SQLite syncs the log at every commit). Knows no files but its own and keeps nothing in memory.
 
 Rows of removed versions stay, marked: a number, once given, never comes to mean other content, and the same content
@@ -9,49 +9,23 @@ registered again gets its old number back.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
 
 from adapters.catalogue import NameRecord, VersionRecord
 from adapters.errors import AdapterError, InsufficientStorage
-from adapters.ref import AdapterRef
-from adapters.sites import Part
+from adapters.ledger_rows import SCHEMA, SCHEMA_VERSION, SELECT, ref_of, to_record, to_row
 from adapters.validation import PackageReport
 
-SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
 """Another server's transaction takes milliseconds; this long means that it hangs."""
 _CHANGES_KEPT = 1000
 """A server that has missed more than this many changes of another reads everything, in about 0.1 s."""
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS version (
-    name TEXT NOT NULL, version INTEGER NOT NULL,
-    digest TEXT NOT NULL, vision_digest TEXT NOT NULL, language_digest TEXT NOT NULL,
-    kind TEXT NOT NULL, num_bytes INTEGER NOT NULL, rank INTEGER NOT NULL,
-    targets TEXT NOT NULL, parts TEXT NOT NULL, num_sites INTEGER NOT NULL,
-    source TEXT NOT NULL, created_s REAL NOT NULL, is_removed INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (name, version)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS name (
-    name TEXT PRIMARY KEY, current INTEGER NOT NULL, is_pinned INTEGER NOT NULL, is_enabled INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS change (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS version_digest ON version (digest) WHERE NOT is_removed;
-"""
-
-_SELECT = """
-SELECT n.name, n.current, n.is_pinned, n.is_enabled, v.version, v.digest, v.vision_digest, v.language_digest, v.kind,
-       v.num_bytes, v.rank, v.targets, v.parts, v.num_sites, v.source, v.created_s
-FROM name n JOIN version v ON v.name = n.name AND NOT v.is_removed
-"""
 
 _STORAGE_CODES = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
@@ -95,15 +69,15 @@ class Ledger:
 
     def records(self) -> list[NameRecord]:
         with self._lock, _storage_errors():
-            rows = self._connection.execute(_SELECT + "ORDER BY n.name, v.version").fetchall()
-        return [_name_record(list(group)) for _, group in groupby(rows, key=lambda row: row[0])]
+            rows = self._connection.execute(SELECT + "ORDER BY n.name, v.version").fetchall()
+        return [to_record(list(group)) for _, group in groupby(rows, key=itemgetter(3))]
 
     def record(self, name: str) -> NameRecord | None:
         with self._lock, _storage_errors():
             rows = self._connection.execute(
-                _SELECT + "WHERE n.name = ? ORDER BY v.version", (name,)
+                SELECT + "WHERE n.name = ? ORDER BY v.version", (name,)
             ).fetchall()
-        return _name_record(rows) if rows else None
+        return to_record(rows) if rows else None
 
     def is_referenced(self, digest: str) -> bool:
         with self._lock, _storage_errors():
@@ -160,7 +134,7 @@ class Ledger:
                 raise AdapterError(
                     f"the registry was written by a newer Lorikeet (schema {found}; this one knows {SCHEMA_VERSION})"
                 )
-            for statement in _SCHEMA.split(";"):
+            for statement in SCHEMA.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -198,55 +172,9 @@ def _append(
 ) -> int:
     query = "SELECT coalesce(max(version), 0) + 1 FROM version WHERE name = ?"
     number = int(connection.execute(query, (name,)).fetchone()[0])
-    connection.execute(
-        "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
-        (
-            name,
-            number,
-            report.digest,
-            report.vision_digest,
-            report.language_digest,
-            report.kind,
-            report.num_bytes,
-            report.rank,
-            json.dumps(report.targets),
-            json.dumps(report.parts),
-            report.num_sites,
-            source,
-            created_s,
-        ),
-    )
+    row = to_row(VersionRecord(ref_of(name, number, report), report, source, created_s))
+    connection.execute(f"INSERT INTO version VALUES ({', '.join('?' * len(row))}, 0)", row)
     return number
-
-
-def _name_record(rows: list[tuple[Any, ...]]) -> NameRecord:
-    name, current, is_pinned, is_enabled = rows[0][:4]
-    versions = tuple(_version_record(name, row[4:]) for row in rows)
-    return NameRecord(name, current, bool(is_pinned), bool(is_enabled), versions)
-
-
-def _version_record(name: str, row: tuple[Any, ...]) -> VersionRecord:
-    number, digest, vision, language, kind, num_bytes, rank, targets, parts, num_sites, source, created_s = (
-        row
-    )
-    report = PackageReport(
-        kind=kind,
-        digest=digest,
-        vision_digest=vision,
-        language_digest=language,
-        num_bytes=num_bytes,
-        rank=rank,
-        targets=_names(targets),
-        parts=cast(tuple[Part, ...], _names(parts)),
-        num_sites=num_sites,
-    )
-    return VersionRecord(AdapterRef(name, number, digest, vision, language), report, source, created_s)
-
-
-@lru_cache(maxsize=4096)
-def _names(text: str) -> tuple[str, ...]:
-    """Shared between records: ten thousand adapters have a handful of target lists."""
-    return tuple(json.loads(text))
 
 
 @contextmanager

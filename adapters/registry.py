@@ -197,8 +197,9 @@ class Registry:
         meant = {version.ref.digest for record in self._names.all() for version in record.versions}
         if is_alone:
             self._store.sweep(meant)
-        for digest in sorted(meant - self._store.digests()):
-            _log.error("registry.package_missing digest=%s", digest)
+        missing = sorted(meant - self._store.digests())
+        if missing:
+            _log.error("registry.packages_missing count=%d first=%s", len(missing), ",".join(missing[:3]))
 
     def _check_bytes(self, folder: Path, ref: AdapterRef) -> None:
         """Once for each package that this process did not check itself: the disk may have rotted meanwhile."""
