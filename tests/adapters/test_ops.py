@@ -72,7 +72,9 @@ def test_a_planted_row_swap_is_seen() -> None:
     segments = [(1, slot) for slot in range(5)]
     swapped = [(1, slot) for slot in (1, 0, 2, 3, 4)]
     expected = lora_rows(bench.base("l", x), x, row_slots(segments), staged, None, Rounding.SUM)
-    assert not torch.allclose(bench.run("l", x, swapped)[:2].float(), expected[:2].float(), rtol=0.1, atol=0.1)
+    assert not torch.allclose(
+        bench.run("l", x, swapped)[:2].float(), expected[:2].float(), rtol=0.1, atol=0.1
+    )
 
 
 @pytest.fixture(params=[1, 2])
