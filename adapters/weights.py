@@ -10,13 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from adapters.content import read_bits, to_float32
 from adapters.errors import AdapterRejected, RejectReason, SourceRejected
 from adapters.package import WEIGHTS_NAME, open_package_file, package_digest
 from adapters.placement import Placement
@@ -26,6 +25,8 @@ from adapters.validation import Limits, place_package, read_manifest
 
 _ACCEPTED = Limits(*[sys.maxsize] * 5)
 """Its sizes were judged when it was accepted, by the limits of that day."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +80,26 @@ def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> Adapter
     )
 
 
-def _load_site(file: BinaryIO, placement: Placement) -> SiteWeights | None:
+def _load_site(file: BufferedReader, placement: Placement) -> SiteWeights | None:
     """None where the adapter adds exactly nothing, e.g. at sites that were frozen in training."""
-    a = _read(file, placement.a)
-    b = _read(file, placement.b).mul_(placement.scale)
-    if placement.magnitude is not None:
-        return SiteWeights(a, b, _read(file, placement.magnitude))
-    if not a.any() or not b.any():
+    a, b = _read(file, placement.a), _read(file, placement.b)
+    if placement.magnitude is None and (placement.scale == 0 or not _has_any(a) or not _has_any(b)):
         return None
-    return SiteWeights(a, b, None)
+    magnitude = None if placement.magnitude is None else _read(file, placement.magnitude).float()
+    return SiteWeights(a.float(), b.float().mul_(placement.scale), magnitude)
 
 
-def _read(file: BinaryIO, info: TensorInfo) -> Tensor:
-    values = to_float32(read_bits(file, info), info.dtype)
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
+def _read(file: BufferedReader, info: TensorInfo) -> Tensor:
+    """One tensor as stored. Read, never mapped: a file cut short must not kill the process."""
+    file.seek(info.begin)
+    data = bytearray(info.num_bytes)
+    if file.readinto(data) != info.num_bytes:
+        raise AdapterRejected(
+            RejectReason.BAD_TENSOR_FILE, "adapter_model.safetensors was cut short while it was read"
+        )
+    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _has_any(tensor: Tensor) -> bool:
+    """The first row nearly always settles it."""
+    return bool(tensor[0].any()) or bool(tensor.any())
