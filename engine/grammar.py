@@ -8,6 +8,7 @@ Place in a request's way: compiled before the request is submitted, followed by 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -189,7 +190,12 @@ def _limits() -> llguidance.LLParserLimits:
 
 
 def _shorten(message: str) -> str:
-    return " ".join(message.replace("<non-verbose/>", "").split())[:MAX_MESSAGE_CHARS]
+    """The reason without the grammar that llguidance quotes around it."""
+    lines = [line.strip() for line in message.splitlines()] or [""]
+    reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", lines[0])
+    details = [line for line in lines[1:] if line.startswith("error:")]
+    text = " ".join([reason, *details]).replace("NoExtensionBias", "no text can satisfy it")
+    return text[:MAX_MESSAGE_CHARS]
 
 
 def _on_deep_stack(work: Callable[[], Grammar]) -> Grammar:

@@ -142,7 +142,7 @@ class TextAssembler:
         """The piece ``text`` with the tokens that it completes; at the end, with all tokens that it shows any of."""
         self._num_shown += len(text)
         tokens = []
-        while self._pending and text:
+        while self._pending:
             token = self._pending[0]
             is_whole = token.end <= self._num_shown
             if token.start >= self._num_shown or not (is_whole or is_last):
@@ -159,11 +159,18 @@ class TextAssembler:
         shown, match = self._matcher.feed(rest)
         delta = self._delta(shown + self._matcher.flush(), is_last=True)
         self.is_finished = True
-        items: list[Delta | Finish] = [delta] if delta.text else []
+        items: list[Delta | Finish] = [delta] if delta.text or delta.token_ids else []
         stop = match.stop if match is not None else message.stop_token_id
         reason = "stop" if match is not None else message.reason
         items.append(Finish(reason, stop, message.usage, message.timings))
         return items
+
+    def _textless(self) -> Delta:
+        """Cut off at a limit: tokens at the very end that have no text (ignored end tokens) belong to the answer."""
+        tokens = list(self._pending)
+        self._pending.clear()
+        logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
+        return Delta("", tuple(token.token_id for token in tokens), logprobs)
 
     def _usage(self) -> Usage:
         """Counted here: the engine may have gone on for a step or two after the token that completed the match."""
