@@ -85,6 +85,14 @@ class LeaseBook:
                 ref: used_s for ref, used_s in self._last_used_s.items() if ref.digest != digest
             }
 
+    def close(self) -> None:
+        """Drop every hold: the process is done with the store. Leases released later do nothing."""
+        with self._lock:
+            while self._holds:
+                self._holds.popitem()[1].release()
+            self._by_ref.clear()
+            self._by_digest.clear()
+
     def _hold(self, ref: AdapterRef) -> Hold:
         try:
             return self._store.hold(ref.digest)
@@ -93,6 +101,8 @@ class LeaseBook:
 
     def _give_back(self, ref: AdapterRef) -> None:
         with self._lock:
+            if ref not in self._by_ref:
+                return  # closed meanwhile
             _decrement(self._by_ref, ref)
             is_last = _decrement(self._by_digest, ref.digest)
             if is_last:

@@ -167,9 +167,11 @@ class Registry:
             return load_weights(folder, self._sites, digest=ref.digest)
 
     def close(self) -> None:
-        """Finish deletions and close the ledger. The registry is of no use afterwards."""
+        """End every lease, finish deletions, close the ledger. The registry is of no use afterwards."""
         for reaper in self._reapers:
             reaper.join()
+        self._leases.close()
+        self._delete_garbage()
         self._names.close()
 
     def _check_name(self, name: str) -> None:
