@@ -167,6 +167,8 @@ def _check(messages: Sequence[Message], add_generation_prompt: bool, continue_fi
     for message in messages:
         if message.role not in ROLES:
             raise InvalidMessage(f"unknown role {message.role!r}: use one of {', '.join(sorted(ROLES))}")
+    if continue_final_message and messages[-1].tool_calls:
+        raise InvalidMessage("the final message has tool calls, so it cannot be continued")
     if continue_final_message and add_generation_prompt:
         raise InvalidMessage(
             "a prompt either continues the final message or opens a new one: choose one of them"
@@ -176,8 +178,6 @@ def _check(messages: Sequence[Message], add_generation_prompt: bool, continue_fi
 def _mark_end(message: dict[str, object], mark: str) -> None:
     """Put ``mark`` after the message's last text."""
     content = message["content"]
-    if message.get("tool_calls"):
-        raise InvalidMessage("the final message has tool calls, which cannot be continued")
     if isinstance(content, str):
         message["content"] = content + mark
     elif isinstance(content, list) and content and content[-1].get("type") == "text":

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLTextConfig,
@@ -120,8 +121,9 @@ def fingerprint(checkpoint: Checkpoint, base: BaseConfig) -> str:
 
 
 def tensor_names(path: Path) -> frozenset[str]:
-    """Names in a safetensors file, from its header alone."""
-    return frozenset(name for name in json.loads(_header(path)) if name != "__metadata__")
+    """Names in a safetensors file, from its header alone. Raises SafetensorError, OSError."""
+    with safe_open(path, framework="pt") as file:
+        return frozenset(file.keys())
 
 
 # ---- where -----------------------------------------------------------------------------------------------------

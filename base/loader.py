@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -36,6 +37,11 @@ def load_base(config: BaseConfig) -> BaseModel:
 
     Raises BaseNotFound when it cannot be read, UnsupportedBase when it is read but cannot be served.
     """
+    with _quiet():
+        return _load(config)
+
+
+def _load(config: BaseConfig) -> BaseModel:
     started = time.monotonic()
     checkpoint = open_checkpoint(config)
     device = _device(config)
@@ -47,6 +53,7 @@ def load_base(config: BaseConfig) -> BaseModel:
     _check_four_bit(module, plan, config.source)
     if device.type == "cpu":
         settle_cpu_linears(module, config.cpu_linear)
+    module.eval().requires_grad_(False)
     spec = _spec(checkpoint, config, plan, ids)
     memory = memory_by_part(module)
     _log(spec, memory, device, time.monotonic() - started)
@@ -56,31 +63,29 @@ def load_base(config: BaseConfig) -> BaseModel:
 def _load_module(
     checkpoint: Checkpoint, config: BaseConfig, plan: QuantizationPlan, device: torch.device
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Weights through transformers, which knows both key layouts; frozen, with our attention for the language."""
+    """Weights through transformers, which knows both key layouts; with our attention for the language."""
     register_attention()
     if plan.stored is not None:
         checkpoint.config.quantization_config = plan.stored
-    with _quiet():
-        try:
-            loaded: object = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                checkpoint.folder,
-                config=checkpoint.config,
-                dtype=getattr(torch, config.dtype),
-                device_map={"": device},
-                quantization_config=plan.on_the_fly,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BaseNotFound(config.source, f"its weights cannot be loaded ({error})") from error
+    try:
+        loaded: object = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype=getattr(torch, config.dtype),
+            device_map={"": device},
+            quantization_config=plan.on_the_fly,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise BaseNotFound(config.source, f"its weights cannot be loaded ({error})") from error
     module, report = cast("tuple[Qwen2_5_VLForConditionalGeneration, dict[str, Iterable[object]]]", loaded)
     missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
     if missing:
         raise BaseNotFound(
             config.source, f"its weights lack or misshape {len(missing)} tensors, such as {missing[0]}"
         )
-    module.eval().requires_grad_(False)
     module.model.language_model.config._attn_implementation = LORIKEET_PAGED
     return module
 

@@ -31,13 +31,14 @@ def mrope_positions(
     for number, grid in enumerate(grids):
         begin = _find(ids, image_token_id, index)
         t, h, w = grid[0], grid[1] // merge_size, grid[2] // merge_size
-        if begin is None or any(token != image_token_id for token in ids[begin : begin + t * h * w]):
+        num_tokens = t * h * w
+        if begin is None or list(ids[begin : begin + num_tokens]) != [image_token_id] * num_tokens:
             raise InvalidImageCount(number, len(grids))
         pieces.append(_text_positions(start, begin - index))
         start += begin - index
         pieces.append(_image_positions(start, (t, h, w)))
         start += max(h, w)
-        index = begin + t * h * w
+        index = begin + num_tokens
     if _find(ids, image_token_id, index) is not None:
         raise InvalidImageCount(len(grids) + 1, len(grids))
     pieces.append(_text_positions(start, len(ids) - index))

@@ -50,6 +50,10 @@ def load_processor(folder: Path, ids: TokenIds, patches: PatchSizes, base: BaseC
 
 
 def _read_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise BaseNotFound(
+            source, "it has no tokenizer.json (nor vocab.json): give a whole checkpoint folder"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:

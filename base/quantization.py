@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
 from base.checkpoint import Checkpoint, tensor_names
 from base.config import BaseConfig
-from base.errors import UnsupportedBase
+from base.errors import BaseNotFound, UnsupportedBase
 
 SKIPPED_MODULES: Final = ("model.visual", "lm_head")
 """Kept in 16 bits: the vision MLP's widths do not suit 4-bit kernels, and the head decides near ties."""
@@ -46,7 +47,7 @@ class QuantizationPlan:
 
 
 def plan_quantization(checkpoint: Checkpoint, base: BaseConfig) -> QuantizationPlan:
-    """Raises UnsupportedBase when a pre-quantised checkpoint names linears that the model does not have."""
+    """Raises UnsupportedBase when a pre-quantised checkpoint's 4-bit tensors are no such model's."""
     linears = _linear_names(checkpoint)
     if checkpoint.stored_quantization is not None:
         return _stored_plan(checkpoint, base, linears)
@@ -73,7 +74,10 @@ def today_name(name: str) -> str:
 
 
 def _stored_plan(checkpoint: Checkpoint, base: BaseConfig, linears: frozenset[str]) -> QuantizationPlan:
-    names = (name for path in checkpoint.weight_files for name in tensor_names(path))
+    try:
+        names = frozenset().union(*(tensor_names(path) for path in checkpoint.weight_files))
+    except (OSError, SafetensorError) as error:
+        raise BaseNotFound(base.source, f"its weights cannot be read ({error}): fetch them again") from error
     four_bit, kinds = _stored_modules(names)
     if not four_bit or len(kinds) != 1 or (unknown := sorted(four_bit - linears)):
         found = f"such as {unknown[0]}" if four_bit and len(kinds) == 1 else f"of kinds {sorted(kinds)}"
