@@ -137,12 +137,13 @@ def _getaddrinfo(host: str, port: int) -> list[str]:
 
 @dataclass(slots=True)
 class Fetcher:
-    """``resolve``, ``allows`` and ``ports`` are replaced by tests alone; no setting reaches them."""
+    """``resolve``, ``allows``, ``ports`` and ``tls`` are replaced by tests alone; no setting reaches them."""
 
     policy: FetchPolicy
     resolve: Resolve = field(default_factory=SystemResolver)
     allows: Allows = is_public
     ports: dict[str, int] = field(default_factory=lambda: dict(PORTS))
+    tls: Callable[[], ssl.SSLContext] = _tls
     _places: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -207,7 +208,9 @@ class Fetcher:
         extensions = {"sni_hostname": target.host}
         try:
             async with (
-                httpx2.AsyncClient(trust_env=False, verify=_tls(), timeout=self.policy.timeout_s) as client,
+                httpx2.AsyncClient(
+                    trust_env=False, verify=self.tls(), timeout=self.policy.timeout_s
+                ) as client,
                 client.stream("GET", url, headers=headers, extensions=extensions) as response,
             ):
                 return await _read(response, target, max_bytes)

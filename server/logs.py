@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
@@ -36,6 +37,7 @@ def configure_logging(level: str, kind: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about clients' pictures; they would name folders of this host
     logging.getLogger("lorikeet").setLevel(level.upper())
     for name in _QUIET:
         quiet = logging.getLogger(name)
