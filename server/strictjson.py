@@ -101,12 +101,12 @@ _DECODER = json.JSONDecoder(
 
 
 def _check_nesting(value: object) -> None:
-    level, depth = [value], 0
-    while level:
+    level = [value]
+    for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _containers(parent)]
-        depth += 1
-        if depth > MAX_DEPTH and level:
-            raise _too_deep()
+        if not level:
+            return
+    raise _too_deep()
 
 
 def _containers(value: object) -> list[object]:

@@ -406,6 +406,7 @@ def test_too_long_a_context_is_refused_with_the_numbers(
 
 
 def test_messages_reach_the_processor_in_its_own_form(wire: Wire) -> None:
+    looks = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": PIXEL}]
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
     echoed = {"refusal": None, "audio": None, "function_call": None, "annotations": []}
     chat(
@@ -413,7 +414,7 @@ def test_messages_reach_the_processor_in_its_own_form(wire: Wire) -> None:
         {
             "messages": [
                 {"role": "developer", "content": "rules", "name": "boss"},
-                {"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": PIXEL}]},
+                {"role": "user", "content": looks},
                 {"role": "assistant", "content": None, "tool_calls": [call], **echoed},
                 {"role": "tool", "content": "42", "tool_call_id": "c1"},
                 {"role": "assistant", "content": "ok", "tool_calls": None},
@@ -465,7 +466,10 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool
         ({"type": "text"}, None),
         ({"type": "json_object"}, GrammarSpec("json_object")),
         (
-            {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "array"}}},
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "strict": True, "schema": {"type": "array"}},
+            },
             GrammarSpec("json_schema", '{"type": "array"}'),
         ),
     ],
