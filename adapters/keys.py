@@ -65,10 +65,10 @@ def parse_key(name: str) -> TensorKey | None:
     module = stem
     while module.startswith(_WRAPPER):
         module = module.removeprefix(_WRAPPER)
-    return TensorKey(module=module, site=today(module), role=role)
+    return TensorKey(module=module, site=_today(module), role=role)
 
 
-def today(module: str) -> str:
+def _today(module: str) -> str:
     """A module's name in today's layout; a name of no known layout comes back as it is."""
     for old, new in _LAYOUTS:
         if module.startswith(old):
@@ -79,10 +79,11 @@ def today(module: str) -> str:
 def is_named_by(key: TensorKey, literal: str) -> bool:
     """Whether a target or pattern names this module: all of its name, or the end of it from a dot on.
 
-    PEFT does this with ``(.*\\.)?(literal)$`` over the module's name, where a leading ``^`` means the whole name.
+    PEFT does this with ``(.*\\.)?(literal)$`` over the module's name, where a leading ``^`` means the whole name. The
+    name is the package's own spelling, which its author's patterns speak, or today's.
     """
     whole = literal.removeprefix("^")
-    if key.module == whole or key.site == today(whole):
+    if whole in (key.module, key.site):
         return True
     return whole == literal and (key.module.endswith("." + literal) or key.site.endswith("." + literal))
 

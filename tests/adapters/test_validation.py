@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import AdapterError, AdapterRejected, RejectReason, SourceRejected
 from adapters.validation import Limits, check_package
+from adapters.weights import load_weights
 from tests.support.packages import make_package, tiny_sites
 
 SITES = tiny_sites()
@@ -391,3 +395,17 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_an_evil_pattern_costs_no_time(tmp_path: Path) -> None:
     folder = make_package(tmp_path, SITES, alpha_pattern={"a" * 5000: 3}, target_modules=r"(a+)+$|(x+x+)+y")
     check_package(folder, SITES, LIMITS, BASES)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_bytes_change_a_package_passes_or_is_refused(data: st.DataObject, tmp_path: Path) -> None:
+    folder = make_package(tmp_path, SITES)
+    path = folder / data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, min(len(content) - 1, 1500)))
+    content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    path.write_bytes(content)
+    with contextlib.suppress(AdapterError):
+        check_package(folder, SITES, LIMITS, BASES)
+        load_weights(folder, SITES)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 
 from adapters.manifest import parse_manifest
@@ -158,6 +158,18 @@ def test_digests_of_halves_follow_their_own_half_alone(tmp_path: Path) -> None:
     assert both.vision_digest
     assert vision.language_digest == ""
     assert vision.vision_digest != same_with_other_scale.vision_digest
+
+
+def test_patterns_in_old_names_leave_a_package_in_today_s_layout_alone_as_in_peft(tmp_path: Path) -> None:
+    model = tiny_qwen()
+    sites = discover_sites(model)
+    pattern = {"model.layers.0.self_attn.q_proj": 400}
+    make_package(tmp_path, sites, targets=("q_proj",), target_modules=["q_proj"], alpha_pattern=pattern)
+    PeftModel.from_pretrained(model, str(tmp_path))
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    ours, layer = load_weights(tmp_path, sites).sites[name], model.get_submodule(name)
+    assert isinstance(layer, LoraLinear)
+    torch.testing.assert_close(ours.b @ ours.a, layer.get_delta_weight("default"))
 
 
 def test_the_first_pattern_of_the_file_wins_as_in_peft() -> None:
