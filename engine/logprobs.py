@@ -1,7 +1,7 @@
 """Log-probabilities to report: log_softmax of the model's own logits, before penalties, bias, masks and temperature.
 
-Rows are scored one by one from a copy at a fixed alignment, so that a figure does not depend on where in a batch or a
-chunk its row stood.
+Each row's softmax is taken from a copy at a fixed alignment, so that a figure does not depend on where in a batch or a
+chunk its row stood. (Ranking is exact anyway.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from engine.errors import NumericalError
 from engine.messages import TokenLogprob
 from engine.ranking import ranked_ids
 
+GROUP = 32  # rows ranked together: bounds the memory that a long prompt's log-probabilities take
 FLOOR = -9999.0  # for a token of probability 0; minus infinity has no JSON (vLLM's figure)
 
 
@@ -22,27 +23,29 @@ def score_tokens(
     rows: Sequence[Tensor], token_ids: Sequence[int], nums_top: Sequence[int]
 ) -> list[TokenLogprob]:
     """For each row ([V] float32, finite) the log-probability of its token and of its ``num_top`` likeliest tokens."""
-    scored = [_score(row, i, num) for row, i, num in zip(rows, token_ids, nums_top, strict=True)]
-    if not scored:
-        return []
-    values = torch.cat([value for value, _ in scored]).tolist()
-    ids = torch.cat([ids for _, ids in scored]).tolist()
-    results, start = [], 0
-    for _, own_ids in scored:
-        end = start + len(own_ids)
-        top = tuple(zip(ids[start + 1 : end], values[start + 1 : end], strict=True))
-        results.append(TokenLogprob(ids[start], values[start], top))
-        start = end
+    results: list[TokenLogprob] = []
+    for start in range(0, len(rows), GROUP):
+        part = slice(start, start + GROUP)
+        results += _score_group(rows[part], token_ids[part], nums_top[part])
     return results
 
 
-def _score(row: Tensor, token_id: int, num_top: int) -> tuple[Tensor, Tensor]:
-    """[1 + num_top] values and ids: the token itself, then the likeliest."""
-    logits = row.clone()
-    logprobs = torch.log_softmax(logits, dim=-1).clamp_(min=FLOOR)
-    top = ranked_ids(logits, min(num_top, len(logits)))
-    ids = torch.cat([torch.tensor([token_id], device=row.device), top])
-    return logprobs[ids], ids
+def _score_group(
+    rows: Sequence[Tensor], token_ids: Sequence[int], nums_top: Sequence[int]
+) -> list[TokenLogprob]:
+    device, width = rows[0].device, min(max(nums_top), len(rows[0]))
+    ids = torch.tensor(token_ids, device=device).unsqueeze(-1)
+    if width > 0:
+        ids = torch.cat([ids, ranked_ids(torch.stack(list(rows)), width)], dim=-1)
+    values = torch.stack([_logprobs(row)[own] for row, own in zip(rows, ids, strict=True)])
+    return [
+        TokenLogprob(own[0], scores[0], tuple(zip(own[1 : num + 1], scores[1 : num + 1], strict=True)))
+        for own, scores, num in zip(ids.tolist(), values.tolist(), nums_top, strict=True)
+    ]
+
+
+def _logprobs(row: Tensor) -> Tensor:
+    return torch.log_softmax(row.clone(), dim=-1).clamp_(min=FLOOR)
 
 
 @torch.inference_mode()

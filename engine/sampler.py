@@ -139,23 +139,13 @@ class Sampler:
                 state.shape(rows[i])
                 shaped_best, ids[i] = rows[i].max(-1)
                 is_sound[i] &= torch.isfinite(shaped_best)
-        for group, is_cut in self._random_groups(states, rows.device):
-            params = [states[i].params for i in group]
-            uniforms = [states[i].uniform() for i in group]
-            ids[group] = (draw_truncated if is_cut else draw)(rows[group], params, uniforms)
-        return ids.masked_fill_(~is_sound, _FAILED)
-
-    def _random_groups(
-        self, states: Sequence[SamplerState], device: torch.device
-    ) -> list[tuple[list[int], bool]]:
-        """Rows that are drawn, with whether top_k or top_p cuts them: together on CUDA, one by one on a CPU, where
-        ``exp`` is not bit-equal in every place of a batch."""
         drawn = [i for i, s in enumerate(states) if not s.params.is_greedy]
-        is_cut = {i: is_truncated(states[i].params, self._vocab_size) for i in drawn}
-        if device.type == "cpu":
-            return [([i], is_cut[i]) for i in drawn]
-        groups = [([i for i in drawn if is_cut[i] is kind], kind) for kind in (False, True)]
-        return [(group, kind) for group, kind in groups if group]
+        cut = [i for i in drawn if is_truncated(states[i].params, self._vocab_size)]
+        for choose, group in ((draw, [i for i in drawn if i not in cut]), (draw_truncated, cut)):
+            if group:
+                params = [states[i].params for i in group]
+                ids[group] = choose(rows[group], params, [states[i].uniform() for i in group])
+        return ids.masked_fill_(~is_sound, _FAILED)
 
     @staticmethod
     def _report(chosen: list[int], raw: list[Tensor], states: Sequence[SamplerState]) -> list[SampledRow]:

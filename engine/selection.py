@@ -2,14 +2,15 @@
 
 Probabilities become integers (a share of 2**40 of the likeliest token's), so that every sum below is exact: no result
 depends on the order of an addition, hence none on the device's scan, the width of a sort, or a batch's other rows.
-The one inexact operation is ``exp``, whose vectorised body and scalar tail may differ in the last bit on a CPU; so
-callers on a CPU pass one row at a time, and on CUDA any number.
+The one inexact operation is ``exp``. On a CPU it is numpy's, which treats every place of an array alike; torch's own
+has a vectorised body and a scalar tail, which differ in the last bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from engine.ranking import ranked_ids
 from engine.sampling import SamplingParams
 
 WEIGHT_ONE = 2**40  # V * 2**40 stays below 2**63 for any vocabulary below 8 million
-FIRST_WIDTH = 1024  # tokens that are sorted at first for top_p; if they hold too little, all are
+FIRST_WIDTH = 256  # tokens that are sorted at first for top_p; a row that needs more gets 16 times as many
+WIDENING = 16
 
 
 def is_truncated(params: SamplingParams, vocab_size: int) -> bool:
@@ -36,24 +38,37 @@ def draw_truncated(logits: Tensor, params: Sequence[SamplingParams], uniforms: S
     vocab_size = logits.shape[-1]
     weights = token_weights(logits, params)
     limits = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    width = min(vocab_size, max(FIRST_WIDTH if limit == vocab_size else limit for limit in limits))
-    ids, kept, is_enough = _kept(logits, weights, limits, params, width)
-    if not bool(is_enough.all()):
-        ids, kept, _ = _kept(logits, weights, limits, params, vocab_size)
-    chosen = _pick(kept, _column(uniforms, logits))
-    return ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    shares = _column(uniforms, logits)
+    chosen = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
+    rows = list(range(len(params)))
+    width = max(FIRST_WIDTH if limit == vocab_size else limit for limit in limits)
+    while rows:
+        width = min(width, vocab_size)
+        some = [params[i] for i in rows]
+        ids, kept, is_enough = _kept(logits[rows], weights[rows], [limits[i] for i in rows], some, width)
+        chosen[rows] = ids.gather(-1, _pick(kept, shares[rows]).unsqueeze(-1)).squeeze(-1)
+        rows = [i for i, enough in zip(rows, is_enough.tolist(), strict=True) if not enough]
+        width *= WIDENING
+    return chosen
 
 
 def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """[S, V] int64: probabilities relative to the row's largest, at the row's temperature; 0 below min_p."""
     exact = logits.double()
     temperatures = _column([p.temperature for p in params], logits)
-    relative = torch.exp((exact - exact.amax(-1, keepdim=True)) / temperatures)
+    relative = _exp((exact - exact.amax(-1, keepdim=True)) / temperatures)
     relative = relative.nan_to_num(
         nan=0.0
     )  # a row that is not finite fails elsewhere; here it must only not throw
-    relative = relative.masked_fill(relative < _column([p.min_p for p in params], logits), 0.0)
+    if any(p.min_p > 0 for p in params):
+        relative = relative.masked_fill(relative < _column([p.min_p for p in params], logits), 0.0)
     return (relative * WEIGHT_ONE).long()
+
+
+def _exp(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.exp(values.numpy()))
+    return torch.exp(values)
 
 
 def _kept(
@@ -70,6 +85,7 @@ def _kept(
     up_to = best.cumsum(-1)
     is_kept = ((up_to - best).double() < nucleus) | (ranks == 0)
     is_enough = (limit <= width) | (up_to[:, -1:].double() >= nucleus)
+    is_enough |= total == 0  # a row that is not finite
     return ids, best * is_kept, is_enough.squeeze(-1)
 
 

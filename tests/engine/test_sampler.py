@@ -161,6 +161,15 @@ def test_weights_of_a_large_vocabulary_do_not_overflow() -> None:
     assert int(weights.sum()) == 200_000 * 2**40
 
 
+def test_weights_are_the_same_in_every_place_of_a_batch() -> None:
+    """A guard on numpy's exp: another build might treat the end of an array differently."""
+    values = some_logits(1, 1, 1003)[0]
+    expected = token_weights(values[None], [RANDOM])[0]
+    for num_rows in (2, 3, 7, 64):
+        weights = token_weights(values.expand(num_rows, -1).contiguous(), [RANDOM] * num_rows)
+        assert all(torch.equal(row, expected) for row in weights)
+
+
 def test_ranking_is_by_value_and_then_by_id() -> None:
     logits = torch.tensor([0.0, 7.0, -0.0, -torch.inf, 7.0, -3.0, torch.inf])
     assert ranked_ids(logits, 7).tolist() == [6, 1, 4, 0, 2, 5, 3]
