@@ -2,7 +2,7 @@
 #   docker build -t lorikeet .                                CPU: no CUDA library inside
 #   docker build -t lorikeet:cuda --build-arg VARIANT=cuda .  GPU: PyPI's torch brings its own CUDA runtime
 #
-#   docker run -p 8000:8000 -e LORIKEET_API_KEY=secret --read-only --tmpfs /tmp -v lorikeet:/var/lib/lorikeet lorikeet
+#   docker run -p 8000:8000 -e LORIKEET_API_KEY="$(openssl rand -hex 24)" --read-only --tmpfs /tmp -v lorikeet:/var/lib/lorikeet lorikeet
 #   docker run --gpus all ... -v hf:/var/cache/huggingface lorikeet:cuda serve --base Qwen/Qwen2.5-VL-3B-Instruct
 #
 # It listens on every address, so it refuses to start without a key (or --insecure-no-auth). No weights are inside but

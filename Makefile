@@ -13,15 +13,16 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
 	"$$python" -c '$(IS_OURS)' >/dev/null 2>&1 && echo "$$python" && break; done)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test lint format clean
+.PHONY: help serve install test lint format docs clean
 
 help:
 	@echo "make serve     install into $(VENV) if needed, then serve at http://$(HOST):$(PORT)   [HOST, PORT, BASE, ARGS]"
 	@echo "make test      the whole test suite                                            [TEST_ARGS]"
 	@echo "make lint      ruff check, ruff format --check, mypy --strict"
+	@echo "make docs      write what the documentation repeats from the code"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make clean     remove $(VENV) and every cache"
 
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m deploy.pages
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,17 +45,19 @@ def add(
     ],
     sha256: Annotated[str | None, typer.Option(help="Refuse the package unless this is its digest.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
-    load: Annotated[bool, typer.Option("--load", help="Bring it to the device now.")] = False,
+    load: Annotated[
+        bool, typer.Option(help="Bring it to the device now, which also proves that it acts.")
+    ] = True,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a package under a name; the same name again makes its next version."""
+    """Register a package under a name and load it; the same name again makes its next version."""
     folder = Path(source)
     body: dict[str, object] = {"name": name, "source": str(folder.resolve()) if folder.is_dir() else source}
     body |= {"sha256": sha256} if sha256 else {}
     body |= {"pin": True} if pin else {}
-    body |= {"load": True} if load else {}
+    body |= {} if load else {"load": False}
     _report(_call(Remote(url, api_key), "POST", "/v1/adapters", body), as_json)
 
 

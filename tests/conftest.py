@@ -1,0 +1,30 @@
+"""What holds for every test: no network, no settings from the developer's own environment, no GPU unless there is one."""
+
+from __future__ import annotations
+
+import os
+
+# Before any library reads them: the hub is never asked, and tokenizers start no threads behind a fork.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for _name in [name for name in os.environ if name.startswith("LORIKEET_")]:
+    del os.environ[_name]
+
+import pytest  # noqa: E402 (after the environment is set)
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# A shared machine is slow at times, which says nothing about the code; so no deadline for one example.
+settings.register_profile("lorikeet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lorikeet")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
