@@ -52,7 +52,7 @@ class Executor:
             return []
         try:
             return self._attempt(plan, clock)
-        except Exception as error:  # whatever a step throws, only its culprit may fail
+        except Exception as error:  # noqa: BLE001  (whatever a step throws, only its culprit may fail)
             return self._isolate(plan, error, clock)
 
     def _isolate(self, plan: StepPlan, error: Exception, clock: PhaseClock) -> list[Outcome]:

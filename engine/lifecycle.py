@@ -1,5 +1,6 @@
-"""Lifecycle: a sequence's birth, its tokens and its end, as messages for the outbox and events for the observer. It keeps
-the times; it decides when a sequence is finished; it frees nothing.
+"""Lifecycle: a sequence's birth, its tokens and its end, as messages for the outbox and events for the observer.
+
+It keeps the times and decides when a sequence is finished; it frees nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Probe: proof that a newly loaded adapter acts. The base and the adapter answer one fixed prompt in one small batch; the
-adapter must change the logits and keep them finite, or it is refused before any request is routed to it.
+"""Probe: proof that a newly loaded adapter acts, before any request is routed to it.
+
+The base and the adapter answer one fixed prompt in one small batch; the adapter must change the logits and keep them
+finite, or it is refused.
 """
 
 from __future__ import annotations

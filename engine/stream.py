@@ -158,6 +158,8 @@ class TextAssembler:
         self._num_decoded += len(rest)
         shown, match = self._matcher.feed(rest)
         delta = self._delta(shown + self._matcher.flush(), is_last=True)
+        if match is None and message.reason != "stop":
+            delta = delta.joined(self._textless())
         self.is_finished = True
         items: list[Delta | Finish] = [delta] if delta.text or delta.token_ids else []
         stop = match.stop if match is not None else message.stop_token_id

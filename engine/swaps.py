@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from adapters.errors import AdapterBusy, AdapterError, AdapterRejected, InsufficientMemory
 from adapters.mover import Mover
@@ -21,6 +20,9 @@ from engine.probe import Probe
 from engine.status import SlotStatus, SwapsPicture
 
 logger = logging.getLogger("lorikeet.engine")
+
+
+Outcome = LoadReport | UnloadReport | Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,8 @@ class AdapterSwaps:
     def request_unload(self, message: UnloadAdapter, now: float) -> None:
         self._unloads.append(PendingUnload(message, now + message.timeout_s))
 
-    def _answer(
-        self, message: LoadAdapter | UnloadAdapter, outcome: LoadReport | UnloadReport | Exception
-    ) -> None:
-        self._answers.append(partial(message.reply, outcome))
+    def _answer(self, message: LoadAdapter | UnloadAdapter, outcome: Outcome) -> None:
+        self._answers.append(lambda: message.reply(outcome))  # type: ignore[arg-type]  # each message its own report
 
     def send_answers(self) -> None:
         """Tell those who asked; after the status was published, so that what they are told is visible."""

@@ -1,0 +1,117 @@
+"""A whole engine over a real base, for tests: submit chats, gather what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from adapters.ref import BASE, AdapterRef
+from adapters.registry import Registry
+from adapters.sites import discover_sites
+from adapters.validation import Limits
+from base.config import BaseConfig
+from base.loader import load_base
+from base.prompt import ImagePart, Message, PromptInputs, TextPart
+from engine.build import build_engine
+from engine.client import Stream
+from engine.config import EngineConfig
+from engine.observer import Event
+from engine.request import GenerationRequest
+from engine.sampling import SamplingParams
+from engine.stream import Delta, Finish
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One chat turn for one adapter; ``adapter`` None is the base."""
+
+    text: str
+    adapter: str | None = None
+    images: tuple[Image.Image, ...] = ()
+    num_tokens: int = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    token_ids: tuple[int, ...]
+    text: str
+    finish: Finish
+
+
+class Recorder:
+    """An observer that keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+
+
+class Rig:
+    """Base, registry and engine in one; ``close`` it. Asks run their full length: end tokens are ordinary ones."""
+
+    def __init__(self, checkpoint: str, state: Path, config: EngineConfig | None = None) -> None:
+        self.base = load_base(BaseConfig(source=checkpoint, device="cpu"))
+        self.sites = discover_sites(self.base.module)
+        self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
+        self.recorder = Recorder()
+        self.engine = build_engine(self.base, self.registry, config or EngineConfig(), self.recorder)
+
+    def register(self, packages: Mapping[str, Path]) -> None:
+        for name, folder in packages.items():
+            self.registry.register(name, folder)
+
+    def prompt(self, ask: Ask) -> PromptInputs:
+        pictures = tuple(ImagePart(image) for image in ask.images)
+        return self.base.processor.prepare_chat([Message("user", (*pictures, TextPart(ask.text)))])
+
+    def ref(self, ask: Ask) -> AdapterRef:
+        return BASE if ask.adapter is None else self.registry.resolve(ask.adapter)
+
+    def submit(self, ask: Ask, **params: object) -> Stream:
+        settings = {"max_tokens": ask.num_tokens, "temperature": 0.0, "ignore_eos": True, **params}
+        sampling = SamplingParams(**settings)  # type: ignore[arg-type]
+        request_id = f"test-{next(_numbers)}"
+        return self.engine.submit(
+            GenerationRequest(request_id, self.prompt(ask), self.ref(ask), sampling, time.monotonic())
+        )
+
+    async def answer(self, ask: Ask, **params: object) -> Answer:
+        return await gather(self.submit(ask, **params))
+
+    async def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+        """All at once, in one mixed batch."""
+        streams = [self.submit(ask) for ask in asks]
+        return list(await asyncio.gather(*(gather(stream) for stream in streams)))
+
+    async def alone(self, asks: Sequence[Ask]) -> list[Answer]:
+        """One after the other."""
+        return [await self.answer(ask) for ask in asks]
+
+    def close(self) -> None:
+        self.engine.close()
+        self.registry.close()
+
+
+async def gather(stream: Stream) -> Answer:
+    ids: list[int] = []
+    text = ""
+    finish: Finish | None = None
+    async for item in stream:
+        if isinstance(item, Delta):
+            ids += item.token_ids
+            text += item.text
+        else:
+            finish = item
+    if finish is None:
+        raise AssertionError("the stream ended without a Finish")
+    return Answer(tuple(ids), text, finish)
