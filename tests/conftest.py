@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no settings from the developer's own environment, no GPU unless there is one."""
+"""For every test: no network, no settings from the developer's own environment, no GPU unless there is one."""
 
 from __future__ import annotations
 

@@ -207,7 +207,9 @@ def test_add_sends_the_folder_as_an_absolute_path(remote: Remote, tmp_path: Path
     remote.replies["POST /v1/adapters"] = ok(ENTRY)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    result = run("adapters", "add", "json", "mine", "--pin", "--no-load", "--sha256", "ab", "--url", remote.url)
+    result = run(
+        "adapters", "add", "json", "mine", "--pin", "--no-load", "--sha256", "ab", "--url", remote.url
+    )
     assert result.exit_code == 0
     body = {
         "name": "json",

@@ -53,7 +53,7 @@ def routes() -> Iterator[tuple[str, str]]:
     for router in ROUTERS:
         for route in router.routes:
             path = getattr(route, "path", "").replace(":path}", "}")
-            for method in sorted(getattr(route, "methods", ()) - {"HEAD"}):
+            for method in sorted(set(getattr(route, "methods", ())) - {"HEAD"}):
                 yield method, path
 
 
