@@ -166,7 +166,8 @@ def test_special_tokens_in_the_middle_come_with_the_text_behind_them() -> None:
     assert [(item.text, item.token_ids) for item in items if isinstance(item, Delta)] == [
         ("a", (0,)),
         ("b", (END, 1)),
-    ]
+        ("", (END,)),
+    ], "at a limit every token was part of the answer"
 
 
 def test_a_stop_string_across_tokens_is_never_shown() -> None:
