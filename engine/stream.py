@@ -24,9 +24,9 @@ class Delta:
 
     text: str
     token_ids: tuple[int, ...]
-    """Tokens whose text ends in this piece; a token without text comes with the text that follows it, or at a limit with
-    the last piece. What ended the answer (the end token, tokens that lie wholly inside a stop string) is in no Delta: it
-    is counted in Usage only."""
+    """Tokens whose text ends in this piece; a token without text comes with the text that follows it, or at a limit
+    with the last piece. What ended the answer (the end token, tokens that lie wholly inside a stop string) is in no
+    Delta: it is counted in Usage only."""
     logprobs: tuple[TokenLogprob, ...]
     """One a token id, if they were asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
