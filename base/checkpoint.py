@@ -72,7 +72,7 @@ class Checkpoint:
     @property
     def pad_token_id(self) -> int:
         """The configured one, else an end-of-sequence id: it only fills rows that nobody reads."""
-        configured = (self.config.pad_token_id, self.text.pad_token_id)
+        configured = (getattr(holder, "pad_token_id", None) for holder in (self.config, self.text))
         return next((number for number in configured if isinstance(number, int)), self.eos_token_ids[0])
 
 
@@ -230,7 +230,7 @@ def _eos_token_ids(folder: Path, config: Qwen2_5_VLConfig, source: str) -> tuple
     found: list[object] = []
     if (path := folder / "generation_config.json").is_file():
         found.append(_read_json(path, source).get("eos_token_id"))
-    found += [config.eos_token_id, getattr(config.text_config, "eos_token_id", None)]
+    found += [getattr(holder, "eos_token_id", None) for holder in (config, config.text_config)]
     numbers = [
         n for value in found for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)
     ]

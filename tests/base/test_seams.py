@@ -14,7 +14,8 @@ from base.model import BaseModel
 from tests.support.paged import PagedCache, Segment, run
 
 
-def test_our_attention_function_is_registered() -> None:
+def test_our_attention_function_is_registered(tiny: BaseModel) -> None:
+    assert tiny.module.model.language_model.config._attn_implementation == LORIKEET_PAGED
     assert LORIKEET_PAGED in AttentionInterface._global_mapping
 
 
