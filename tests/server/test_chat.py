@@ -408,7 +408,7 @@ def test_too_long_a_context_is_refused_with_the_numbers(
 def test_messages_reach_the_processor_in_its_own_form(wire: Wire) -> None:
     looks = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": PIXEL}]
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
-    echoed = {"refusal": None, "audio": None, "function_call": None, "annotations": []}
+    echoed: dict[str, object] = {"refusal": None, "audio": None, "function_call": None, "annotations": []}
     chat(
         wire,
         {

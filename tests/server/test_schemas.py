@@ -232,7 +232,8 @@ def test_parts_of_other_apis_are_unsupported(kind: str) -> None:
 
 
 def test_no_messages_are_refused() -> None:
-    for body in ({"messages": []}, {}, {"messages": None}, {"messages": "hi"}):
+    bodies: list[dict[str, object]] = [{"messages": []}, {}, {"messages": None}, {"messages": "hi"}]
+    for body in bodies:
         with pytest.raises(WireError) as caught:
             parse_chat(body)
         assert caught.value.param == "messages"

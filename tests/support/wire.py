@@ -121,7 +121,7 @@ class Wire:
             thread.join(10)
 
 
-def ask(text: str = "hi", **fields: object) -> dict[str, object]:
+def ask(text: str = "hi", /, **fields: object) -> dict[str, object]:
     """A chat's body."""
     return {"messages": [{"role": "user", "content": text}], **fields}
 
