@@ -44,6 +44,47 @@ def register_attention() -> None:
     AttentionInterface.register(LORIKEET_PAGED, attend_paged)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """One sequence's part of a step, as every layer will want it."""
+
+    begin: int
+    end: int
+    """Its rows among the step's T."""
+    length: int
+    """Keys visible to its last row."""
+    blocks: Tensor  # [ceil(length / block_size)] int64, on the cache's device
+    mask: Tensor | None  # [end - begin, length] bool where causality needs one
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a whole prompt of several tokens, so that plain causality says it all."""
+        return 1 < self.end - self.begin == self.length
+
+
+def segments_of(plan: AttentionPlan) -> tuple[Segment, ...]:
+    """The plan's segments, made once a step for all layers."""
+    device = plan.slot_mapping.device
+    rows = zip(plan.query_starts, plan.query_starts[1:], plan.context_lens, plan.block_tables, strict=False)
+    return tuple(
+        Segment(
+            begin=begin,
+            end=end,
+            length=length,
+            blocks=torch.tensor(table[: -(-length // plan.block_size)], dtype=torch.int64, device=device),
+            mask=_mask(end - begin, length, device),
+        )
+        for begin, end, length, table in rows
+    )
+
+
+def _mask(num_new: int, length: int, device: torch.device) -> Tensor | None:
+    """Bottom-right causality: the last of ``num_new`` rows sees all ``length`` keys."""
+    if not 1 < num_new < length:
+        return None
+    return torch.ones(num_new, length, dtype=torch.bool, device=device).tril(length - num_new)
+
+
 def attend_paged(
     module: nn.Module,
     query: Tensor,  # [1, num_heads, T, head_dim]
@@ -52,6 +93,7 @@ def attend_paged(
     attention_mask: Tensor | None,
     *,
     plan: AttentionPlan,
+    segments: tuple[Segment, ...],
     scaling: float,
     **_: object,  # transformers passes what other implementations need: dropout, position_ids, sliding_window
 ) -> tuple[Tensor, None]:
@@ -62,21 +104,7 @@ def attend_paged(
     key_cache, value_cache = plan.key_cache[layer], plan.value_cache[layer]
     _store(key_cache, plan.slot_mapping, key)
     _store(value_cache, plan.slot_mapping, value)
-    outputs = [
-        _attend_segment(
-            query[:, :, begin:end],
-            _gather(key_cache, table, length),
-            _gather(value_cache, table, length),
-            scaling,
-        )
-        for begin, end, length, table in zip(
-            plan.query_starts,
-            plan.query_starts[1:],
-            plan.context_lens,
-            plan.block_tables,
-            strict=False,
-        )
-    ]
+    outputs = [_attend(query, key_cache, value_cache, segment, scaling) for segment in segments]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -85,26 +113,22 @@ def _store(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows[0].transpose(0, 1).to(cache.dtype))
 
 
-def _gather(cache: Tensor, table: tuple[int, ...], length: int) -> Tensor:
-    """One segment's first ``length`` rows of the cache: [1, heads, length, dim]."""
-    num_blocks = -(-length // cache.shape[1])
-    blocks = torch.tensor(table[:num_blocks], dtype=torch.int64, device=cache.device)
-    rows = cache.index_select(0, blocks).flatten(0, 1)[:length]
-    return rows.transpose(0, 1).unsqueeze(0)
-
-
-def _attend_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last ``query`` tokens over all keys: [1, num_heads, tokens, head_dim]."""
-    num_new, length = query.shape[2], key.shape[2]
-    mask = None
-    if 1 < num_new < length:
-        mask = torch.ones(num_new, length, dtype=torch.bool, device=query.device).tril(length - num_new)
+def _attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, segment: Segment, scaling: float
+) -> Tensor:
+    """Causal attention of one segment's rows over all its keys: [1, num_heads, rows, head_dim]."""
     return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=1 < num_new == length,
+        query[:, :, segment.begin : segment.end],
+        _gather(key_cache, segment),
+        _gather(value_cache, segment),
+        attn_mask=segment.mask,
+        is_causal=segment.is_causal,
         scale=scaling,
         enable_gqa=True,
     )
+
+
+def _gather(cache: Tensor, segment: Segment) -> Tensor:
+    """One segment's rows of the cache: [1, heads, length, dim]."""
+    rows = cache.index_select(0, segment.blocks).flatten(0, 1)[: segment.length]
+    return rows.transpose(0, 1).unsqueeze(0)

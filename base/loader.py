@@ -19,9 +19,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from base.attention import LORIKEET_PAGED, register_attention
-from base.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from base.checkpoint import Checkpoint, open_checkpoint
 from base.config import BaseConfig
 from base.errors import BaseNotFound, UnsupportedBase
+from base.fingerprint import fingerprint
 from base.linear import four_bit_names, settle_cpu_linears
 from base.memory import memory_by_part
 from base.model import BaseModel, BaseSpec

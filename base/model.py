@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from base.attention import AttentionPlan
+from base.attention import AttentionPlan, segments_of
 from base.config import BaseConfig
 from base.prompt import Grid
 
@@ -107,6 +107,7 @@ class BaseModel:
             attention_mask={"full_attention": None},  # ready-made: nothing is built, the plan says it all
             use_cache=False,
             plan=plan,
+            segments=segments_of(plan),
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden

@@ -7,9 +7,16 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from base.attention import LORIKEET_PAGED
@@ -24,6 +31,7 @@ from tests.support.checkpoints import key_in, make_checkpoint
 from tests.support.oracle import Oracle, load_stock, same_where_certain
 from tests.support.paged import generate_greedy
 
+RESPONSE = MagicMock(headers={}, status_code=404)  # what the hub client's errors look at
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
           "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
@@ -88,6 +96,9 @@ def test_both_key_layouts_load_the_same_weights(tmp_path: Path, tied: bool) -> N
     ours = dict(first.module.state_dict())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert greedy(first) == greedy(
+        second
+    )  # positions too: the older configuration spells rope in another way
     assert first.spec.fingerprint != second.spec.fingerprint  # the files differ
 
 
@@ -250,6 +261,60 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
     for source, reason in table.items():
         with pytest.raises(BaseNotFound, match=reason):
             load_base(BaseConfig(source=source, local_files_only=True))
+
+
+def snapshot(folder: Path, asked: list[object]) -> Callable[..., str]:
+    def download(
+        source: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        asked.append((source, revision, "*.safetensors" in allow_patterns, local_files_only))
+        return str(folder)
+
+    return download
+
+
+def test_a_hub_id_is_served_under_its_name_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "models--owner--some--name" / "snapshots" / "0123abcd")
+    asked: list[object] = []
+    monkeypatch.setattr("base.location.snapshot_download", snapshot(folder, asked))
+    base = load_base(BaseConfig(source="owner/some--name", revision="main"))
+    assert asked == [("owner/some--name", "main", False, False), ("owner/some--name", "main", True, False)]
+    assert (base.spec.name, base.spec.revision) == ("owner/some--name", "0123abcd")
+    assert load_base(BaseConfig(source=str(folder))).spec.name == "owner/some--name"
+
+
+def test_another_hub_model_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edit(make_checkpoint(tmp_path / "base"), model_type="llava")
+    asked: list[object] = []
+    monkeypatch.setattr("base.location.snapshot_download", snapshot(folder, asked))
+    with pytest.raises(UnsupportedBase, match="'llava'"):
+        load_base(BaseConfig(source="owner/name"))
+    assert asked == [("owner/name", None, False, False)]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (GatedRepoError("x", response=RESPONSE), "accept its terms"),
+        (RepositoryNotFoundError("x", response=RESPONSE), "no such repository"),
+        (RevisionNotFoundError("x", response=RESPONSE), "no revision 'v9'"),
+        (HFValidationError("x"), "neither a folder nor a hub id"),
+        (ConnectionError("no route"), "no route"),
+    ],
+)
+def test_the_hubs_errors_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("base.location.snapshot_download", fail)
+    with pytest.raises(BaseNotFound, match=reason):
+        load_base(BaseConfig(source="owner/name", revision="v9"))
 
 
 def test_lacking_and_broken_weights_are_refused(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ def test_keyword_arguments_of_the_forward_call_reach_the_attention_function_unch
     AttentionInterface.register("lorikeet_spy", spy)
     config = tiny.module.model.language_model.config
     config._attn_implementation = "lorikeet_spy"
-    plan = object()
+    embeds = torch.zeros(5, 128, dtype=torch.bfloat16)
+    plan = PagedCache(tiny, 2).plan([Segment(embeds, torch.zeros(3, 5).long(), (0, 1), 0)])
     try:
-        tiny.forward(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(3, 5).long(), plan)  # type: ignore[arg-type]
+        tiny.forward(embeds, torch.zeros(3, 5).long(), plan)
     finally:
         config._attn_implementation = LORIKEET_PAGED
     assert len(seen) == tiny.spec.num_layers

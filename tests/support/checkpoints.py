@@ -7,7 +7,7 @@ token then leads by more than rounding, and depends on the whole prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -73,8 +73,9 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint folder: weights in bfloat16, tokenizer, chat template, image settings. Returns ``folder``.
 
-    ``layout``: key names as transformers holds them (``model.language_model.*``, ``model.visual.*``) or as the
-    published files have them (``model.*``, ``visual.*``). ``vocab`` may exceed the tokenizer, as the real ones do.
+    ``layout``: configuration and key names as transformers holds them (``model.language_model.*``, ``model.visual.*``)
+    or as the published files have them (``model.*``, ``visual.*``). ``vocab`` may exceed the tokenizer, as real ones
+    do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
@@ -94,26 +95,48 @@ def make_checkpoint(
         "window_size": window_size, "fullatt_block_indexes": list(fullatt_block_indexes),
         "out_hidden_size": hidden, "in_channels": 3,
     }  # fmt: skip
-    config = Qwen2_5_VLConfig.from_dict(
-        {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "text_config": text,
-            "vision_config": vision,
-            "tie_word_embeddings": tied,
-            "image_token_id": ids["<|image_pad|>"],
-            "video_token_id": ids["<|video_pad|>"],
-            "vision_start_token_id": ids["<|vision_start|>"],
-            "vision_end_token_id": ids["<|vision_end|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        }
-    )
-    config.save_pretrained(folder)
+    outer: dict[str, object] = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": tied,
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    config = Qwen2_5_VLConfig.from_dict(outer | {"text_config": text, "vision_config": vision})
+    if layout == "today":
+        config.save_pretrained(folder)
+    else:
+        _write(folder / "config.json", outer | _published(text, vision))
     weights = random_weights(config, seed)
     save_file({key_in(layout, name): weight for name, weight in weights.items()}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     _save_settings(folder, tokenizer)
     return folder
+
+
+def _published(text: Mapping[str, object], vision: Mapping[str, object]) -> dict[str, object]:
+    """The configuration as the published checkpoints spell it: text settings in the open, rope in its older form."""
+    flat: dict[str, object] = {key: value for key, value in text.items() if key != "rope_parameters"}
+    rope = text["rope_parameters"]
+    assert isinstance(rope, dict)
+    flat |= {
+        "hidden_act": "silu",
+        "max_window_layers": 70,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "transformers_version": "4.41.2",
+    }
+    sizes: dict[str, object] = {key: value for key, value in vision.items() if key != "in_channels"}
+    sizes |= {"in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2, "hidden_act": "silu"}
+    return flat | {"vision_config": sizes | {"model_type": "qwen2_5_vl"}}
 
 
 def _mrope_section(head_dim: int) -> list[int]:
