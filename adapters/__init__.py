@@ -1,1 +1,1 @@
-"""The adapters: packages, registry, device slots and the layers that apply them. No request, no HTTP; imports nothing of ours."""
+"""The adapters: packages, registry, device slots and the layers that apply them. Knows no request and no HTTP."""
