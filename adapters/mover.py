@@ -56,10 +56,7 @@ class HostTier:
         self._max_bytes = max_bytes
         self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
         self._refs: dict[str, set[AdapterRef]] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(staged.num_bytes for staged in self._staged.values())
+        self.num_bytes = 0
 
     def refs(self) -> frozenset[AdapterRef]:
         return frozenset(ref for digest in self._staged for ref in self._refs[digest])
@@ -80,8 +77,10 @@ class HostTier:
             return
         self.pop(ref)
         while self.num_bytes + staged.num_bytes > self._max_bytes:
-            digest, _ = self._staged.popitem(last=False)
+            digest, oldest = self._staged.popitem(last=False)
             del self._refs[digest]
+            self.num_bytes -= oldest.num_bytes
+        self.num_bytes += staged.num_bytes
         self._staged[ref.digest] = staged
         self._refs[ref.digest] = {ref}
 
@@ -89,7 +88,9 @@ class HostTier:
         """The bytes that it freed."""
         staged = self._staged.pop(ref.digest, None)
         self._refs.pop(ref.digest, None)
-        return 0 if staged is None else staged.num_bytes
+        num_bytes = 0 if staged is None else staged.num_bytes
+        self.num_bytes -= num_bytes
+        return num_bytes
 
 
 class Mover:

@@ -71,6 +71,8 @@ class Resident:
     ref: AdapterRef
     is_pinned: bool
     num_holds: int
+    num_uses: int
+    """Holds since it came, past ones included."""
 
 
 @dataclass(slots=True)
@@ -212,7 +214,7 @@ class Residency:
     def residents(self) -> tuple[Resident, ...]:
         """By slot."""
         return tuple(
-            Resident(seat.slot, ref, ref in self._pins, seat.num_holds)
+            Resident(seat.slot, ref, ref in self._pins, seat.num_holds, seat.num_uses)
             for ref, seat in self._by_slot()
             if seat.is_resident
         )

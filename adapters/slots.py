@@ -133,7 +133,7 @@ class SlotBank:
     def write(self, slot: int, weights: AdapterWeights | StagedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there. If it raises, the slot is empty."""
         staged = weights if isinstance(weights, StagedAdapter) else self.stage(weights)
-        self.clear(slot)
+        self._empty(slot)
         try:
             for name, site in staged.sites.items():
                 self._write_site(self._shelves[name], slot, site)
@@ -163,6 +163,10 @@ class SlotBank:
 
     def clear(self, slot: int) -> None:
         """Empty a slot and free what nobody else uses; nothing happens to an empty one."""
+        self._empty(slot)
+        self._refresh_layouts()
+
+    def _empty(self, slot: int) -> None:
         for shelf in self._shelves.values():
             shelf.forms[slot] = UNTOUCHED
             for rank in set(shelf.pages) - {form.rank for form in shelf.forms}:
@@ -170,7 +174,6 @@ class SlotBank:
             if not any(form.is_dora for form in shelf.forms):
                 shelf.scale = None
         self._loaded[slot] = False
-        self._refresh_layouts()
 
     def _refresh_layouts(self) -> None:
         known: dict[tuple[Form | None, ...], Layout] = {}

@@ -52,7 +52,13 @@ class Admission:
         return [r for r in refs if self._residency.slot_of(r) is None and not self._residency.is_loading(r)]
 
     def victims(self, num_starved: int) -> frozenset[AdapterRef]:
-        """Adapters that get no new sequences until a starved one has their slot: those with the fewest running."""
-        candidates = [r for r in self._residency.residents() if not r.is_pinned]
+        """Adapters that get no new sequences until a starved one has their slot: those with the fewest running.
+
+        One that nobody has used since it came is spared: else two starved adapters could chase each other out of a slot
+        for ever, and neither would run.
+        """
+        if num_starved == 0:
+            return frozenset()
+        candidates = [r for r in self._residency.residents() if r.num_uses and not r.is_pinned]
         candidates.sort(key=lambda r: (r.num_holds, r.slot))
         return frozenset(r.ref for r in candidates[:num_starved])

@@ -18,7 +18,6 @@ from base.model import BaseModel
 from engine.blocks import BlockPool
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.detokenizer import Vocabulary
 from engine.engine import Engine
 from engine.executor import Executor
 from engine.grammar import GrammarCompiler
@@ -56,8 +55,7 @@ def build_engine(
     residency = Residency(config.num_slots)
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
-    vocabulary = Vocabulary(base.processor.tokenizer)
-    client = EngineClient(config, max_model_len, grammars, vocabulary)
+    client = EngineClient(config, max_model_len, grammars, base.processor)
     mover = Mover(bank, registry.load, config.host_adapter_bytes, lambda: engine.inbox.put(Wake()))
     swaps = AdapterSwaps(residency, mover, bank, probe, watcher)
     board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))

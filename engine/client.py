@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from adapters.ref import AdapterRef
 from engine.config import EngineConfig
-from engine.detokenizer import Vocabulary
+from engine.detokenizer import TokenTable
 from engine.engine import Engine
 from engine.errors import ContextTooLong, Draining, EngineDown, EngineError, QueueFull
 from engine.grammar import GrammarCompiler
@@ -100,8 +100,6 @@ class Stream:
         self._news.set()
 
     def _take(self, message: Outbound) -> None:
-        if isinstance(message, Started):
-            return
         if isinstance(message, Failed):
             self._pending.append(message.error)
             self._is_ended = True
@@ -129,12 +127,12 @@ class EngineClient:
         config: EngineConfig,
         max_model_len: int,
         grammars: GrammarCompiler,
-        vocabulary: Vocabulary,
+        tokens: TokenTable,
     ) -> None:
         self._config = config
         self.max_model_len = max_model_len
         self._grammars = grammars
-        self._vocabulary = vocabulary
+        self._tokens = tokens
         self._streams: dict[str, Stream] = {}
         self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is started
         self._lock = threading.Lock()
@@ -163,9 +161,7 @@ class EngineClient:
         """
         self._refuse(request)
         loop = asyncio.get_running_loop()
-        stream = Stream(
-            request.request_id, TextAssembler(request, self._vocabulary), loop, self._close_stream
-        )
+        stream = Stream(request.request_id, TextAssembler(request, self._tokens), loop, self._close_stream)
         with self._lock:
             self._reserve(request)
             self._streams[request.request_id] = stream

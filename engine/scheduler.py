@@ -77,7 +77,7 @@ class Scheduler:
     def wanted(self, now: float) -> list[AdapterRef]:
         """Adapters of waiting sequences, most urgent first; at most twice the slots, the rest is not near enough."""
         starved = self._admission.starved(self.waiting, now)
-        victims = self._admission.victims(len(starved)) if starved else frozenset()
+        victims = self._admission.victims(len(starved))
         refs = dict.fromkeys(starved)
         for sequence in self.waiting:
             if len(refs) >= 2 * self._config.num_slots:

@@ -31,6 +31,13 @@ class PendingUnload:
     deadline_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    host_bytes: int
+    host_refs: frozenset[AdapterRef]
+    slot_bank_bytes: int
+
+
 class AdapterSwaps:
     """The engine's thread only."""
 
@@ -46,6 +53,8 @@ class AdapterSwaps:
         self._unloads: list[PendingUnload] = []
         self._proven: set[str] = set()
         self._answers: list[Callable[[], None]] = []
+        self._slot_bytes: dict[int, int] = {}
+        self._sizes = Sizes(0, frozenset(), 0)
 
     @property
     def draining(self) -> set[AdapterRef]:
@@ -97,6 +106,8 @@ class AdapterSwaps:
         failures: list[tuple[AdapterRef, AdapterError]] = []
         begin_s = time.monotonic()
         results = self._mover.finished()
+        if results:
+            self._weigh()
         if results and has_running:
             self._observer.record(DecodeStalled("adapter_copy", time.monotonic() - begin_s))
         for result in results:
@@ -175,14 +186,18 @@ class AdapterSwaps:
             self._mover.start([evict])
             self._observer.record(AdapterEvicted(ref, "unload"))
         report = UnloadReport(ref, freed, self._mover.forget(ref))
+        self._weigh()
         logger.info("adapter.unloaded ref=%s device_bytes=%d", ref, freed)
         return report
 
+    def _weigh(self) -> None:
+        """Sizes change only when an adapter moves; the picture of each step takes them from here."""
+        self._slot_bytes = {i: self._bank.slot_bytes(i) for i in range(self._bank.num_slots)}
+        self._sizes = Sizes(self._mover.host_num_bytes, self._mover.host_refs(), self._bank.num_bytes)
+
     def picture(self) -> SwapsPicture:
         slots = {
-            r.slot: SlotStatus(
-                r.slot, r.ref, "resident", r.is_pinned, r.num_holds, self._bank.slot_bytes(r.slot)
-            )
+            r.slot: SlotStatus(r.slot, r.ref, "resident", r.is_pinned, r.num_holds, self._slot_bytes[r.slot])
             for r in self._residency.residents()
         }
         loading = {
@@ -192,9 +207,9 @@ class AdapterSwaps:
         free = {i: SlotStatus(i, None, "free", False, 0, 0) for i in range(self._bank.num_slots)}
         return SwapsPicture(
             slots=tuple((free | loading | slots)[i] for i in range(self._bank.num_slots)),
-            host_bytes=self._mover.host_num_bytes,
-            host_refs=self._mover.host_refs(),
-            slot_bank_bytes=self._bank.num_bytes,
+            host_bytes=self._sizes.host_bytes,
+            host_refs=self._sizes.host_refs,
+            slot_bank_bytes=self._sizes.slot_bank_bytes,
         )
 
     def fail_pending(self, error: Exception) -> None:

@@ -150,3 +150,18 @@ def test_an_adapter_being_unloaded_gets_no_new_sequences() -> None:
     desk.add("s", 3, ref("x"))
     assert names(desk.step()) == []
     assert desk.scheduler.wanted(0.0) == []
+
+
+def test_starved_adapters_never_chase_each_other_out_of_slots_without_running() -> None:
+    """With everybody starved, each adapter that is brought runs at least once before it may be sent away."""
+    desk = Desk(num_slots=2, starvation_s=1.0, num_blocks=256)
+    for i in range(12):
+        desk.add(f"s{i}", 3, ref(f"a{i % 6}"))
+    served: set[str] = set()
+    for turn in range(40):
+        now = 10.0 + turn
+        desk.bring(*desk.scheduler.wanted(now))
+        served |= {chunk.sequence.request_id for chunk in desk.step(now).chunks}
+        for sequence in [s for s in desk.scheduler.running if len(s.output_ids) >= 2]:
+            desk.scheduler.end(sequence)
+    assert served == {f"s{i}" for i in range(12)}
