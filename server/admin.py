@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.errors import AdapterBusy, AdapterError
+from adapters.errors import AdapterBusy, AdapterError, InvalidAdapterName
 from adapters.package import package_digest
 from adapters.ref import AdapterRef
 from engine.errors import EngineError
@@ -92,7 +92,10 @@ async def register(state: ServerState, actor: Actor, wanted: Registration) -> tu
             403, "insufficient_scope", "this API key may not register an adapter of that name", param="name"
         )
     async with load_place(state):
-        entry, is_created = await asyncio.to_thread(_register, state, wanted)
+        try:
+            entry, is_created = await asyncio.to_thread(_register, state, wanted)
+        except InvalidAdapterName as error:
+            raise WireError(400, "invalid_request", str(error), param="name") from error
         if wanted.should_pin and not entry.is_pinned:  # it was there already, unpinned
             await asyncio.to_thread(state.registry.set_pinned, entry.ref.name, True)
             entry = state.registry.entry(str(entry.ref))

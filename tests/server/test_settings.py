@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ByteSize
 
 from server.settings import Settings, is_loopback_host
 from server.sources import SettingsError, data_home, describe, resolve
@@ -117,8 +118,13 @@ def test_every_setting_has_a_unit_a_reason_and_a_row() -> None:
 
 def test_the_lower_configs_take_every_value() -> None:
     settings = Settings(
-        base="x/y", num_slots=3, kv_memory="1MiB", max_rank=8, load_on_demand=False, dtype="float32"
-    )  # type: ignore[arg-type]
+        base="x/y",
+        num_slots=3,
+        kv_memory=ByteSize(1 << 20),
+        max_rank=8,
+        load_on_demand=False,
+        dtype="float32",
+    )
     base, engine = settings.base_config(), settings.engine_config()
     assert (base.source, base.dtype) == ("x/y", "float32")
     assert (engine.num_slots, engine.kv_bytes, engine.max_rank, engine.load_on_demand) == (

@@ -25,7 +25,6 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.state import ServerState, unready_reasons
 from tests.fakes import BASE_NAME, FakeEngineClient, FakeProcessor, fake_spec
-from tests.support.packages import make_package, tiny_sites
 
 if TYPE_CHECKING:
     from base.processor import Processor
@@ -43,6 +42,10 @@ class Surface:
     app: FastAPI
 
     def package(self, name: str, **options: object) -> Path:
+        from tests.support.packages import (
+            make_package,
+        )  # PEFT and transformers: seconds that a drain test need not wait
+
         return make_package(self.root / name, **options)  # type: ignore[arg-type]
 
     def register(self, name: str, **options: object) -> None:
@@ -50,12 +53,17 @@ class Surface:
 
 
 def make_surface(
-    folder: Path, ring: KeyRing | None = None, *, is_loopback: bool = True, **settings: object
+    folder: Path,
+    ring: KeyRing | None = None,
+    *,
+    is_loopback: bool = True,
+    registry: Registry | None = None,
+    **settings: object,
 ) -> Surface:
     root = folder / "root"
     root.mkdir(exist_ok=True)
     config = Settings(**settings)  # type: ignore[arg-type]
-    registry = Registry(folder / "state", tiny_sites(), Limits(), [BASE_NAME])
+    registry = registry or _open_registry(folder / "state")
     engine = FakeEngineClient()
     metrics = Metrics(BASE_NAME)
     state = ServerState(
@@ -72,6 +80,12 @@ def make_surface(
     )
     metrics.watch(8, 16, engine.status, lambda: not unready_reasons(state))
     return Surface(state, engine, registry, root, create_app(state))
+
+
+def _open_registry(folder: Path) -> Registry:
+    from tests.support.packages import tiny_sites
+
+    return Registry(folder, tiny_sites(), Limits(), [BASE_NAME])
 
 
 @contextmanager
