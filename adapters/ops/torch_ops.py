@@ -74,10 +74,10 @@ def _delta(x: Tensor, plan: RoutePlan, pages: Mapping[int, Pages], num_out: int)
 
 def _product(padded: Tensor, group: Group, pages: Pages) -> Tensor:
     """[group's rows, out_padded]: shrink by A, expand by B."""
-    last = group.first_slot + group.num_slots
-    rows = padded[group.start : group.stop].view(group.num_slots, group.rows_per_slot, -1)
-    shrunk = torch.bmm(rows, pages.a[group.first_slot : last].transpose(1, 2))
-    return torch.bmm(shrunk, pages.b[group.first_slot : last].transpose(1, 2)).flatten(0, 1)
+    first, num_slots = group.first_slot, group.num_slots
+    rows = padded[group.start : group.stop].view(num_slots, group.rows_per_slot, -1)
+    shrunk = torch.bmm(rows, pages.a.narrow(0, first, num_slots).mT)
+    return torch.bmm(shrunk, pages.b.narrow(0, first, num_slots).mT).flatten(0, 1)
 
 
 def _plain(base: Tensor, delta: Tensor, rounding: Rounding) -> Tensor:
