@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -42,6 +41,8 @@ from engine.errors import (
     NumericalError,
     QueueFull,
 )
+from server.wording import encodable, without_host_paths
+from server.wording import shorten as shorten  # errors and what they echo are written together
 
 logger = logging.getLogger("lorikeet.server")
 
@@ -57,8 +58,6 @@ RETRY_SOON_S = 1.0
 INTERNAL_MESSAGE = "the server made a mistake; this request failed, others are not affected"
 
 _NO_RETRY = MappingProxyType({"x-should-retry": "false"})
-_HOST_PATH = re.compile(r"(?<![\w/:.])/(?:[^\s/'\"`:,;)]+/)+[^\s'\"`:,;)]*")
-"""An absolute path of two or more parts. URLs do not match (a colon stands before), nor do names such as ``a/b``."""
 
 
 class WireError(Exception):
@@ -97,11 +96,6 @@ def invalid_request(message: str, param: str | None = None) -> WireError:
 
 def unsupported(message: str, param: str | None = None) -> WireError:
     return WireError(400, "unsupported", message, param=param)
-
-
-def shorten(text: str, limit: int) -> str:
-    """``text`` in at most ``limit`` characters, for echoing what a client sent."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def retry_after(seconds: float) -> dict[str, str]:
@@ -210,11 +204,6 @@ def _internal(exc: Exception) -> WireError:
     return WireError(500, "internal", INTERNAL_MESSAGE)
 
 
-def without_host_paths(text: str) -> str:
-    """``text`` with absolute paths replaced: messages of the rooms below may name folders of this machine."""
-    return _HOST_PATH.sub("<path>", text)
-
-
 # ---- the envelope ----------------------------------------------------------------------------------------------
 
 
@@ -239,9 +228,9 @@ def error_body(err: WireError) -> bytes:
 
 def _envelope(err: WireError, limit: int, num_details: int) -> dict[str, object]:
     fields: dict[str, object] = {
-        "message": _encodable(shorten(err.message, limit)),
+        "message": encodable(shorten(err.message, limit)),
         "type": error_type(err.status),
-        "param": None if err.param is None else _encodable(shorten(err.param, MAX_PARAM_CHARS)),
+        "param": None if err.param is None else encodable(shorten(err.param, MAX_PARAM_CHARS)),
         "code": err.code,
     }
     for key, value in err.extra.items():
@@ -251,15 +240,10 @@ def _envelope(err: WireError, limit: int, num_details: int) -> dict[str, object]
 
 def _bounded(value: object, num_details: int) -> object:
     if isinstance(value, str):
-        return _encodable(shorten(value, MAX_DETAIL_CHARS))
+        return encodable(shorten(value, MAX_DETAIL_CHARS))
     if isinstance(value, list | tuple):
-        return [_encodable(shorten(str(item), MAX_DETAIL_CHARS)) for item in value[:num_details]]
+        return [encodable(shorten(str(item), MAX_DETAIL_CHARS)) for item in value[:num_details]]
     return value
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates, which JSON of another maker can hold, are no UTF-8."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def error_response(err: WireError) -> Response:

@@ -6,15 +6,9 @@ All deterministic, none sleeps: an engine's answer waits on an ``asyncio.Event``
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from PIL import Image
-
-from adapters.errors import AdapterNotFound
-from adapters.ref import BASE, AdapterRef
-from base.prompt import ImagePart
+from adapters.ref import AdapterRef
 from engine.errors import ContextTooLong, EngineError
 from engine.messages import LoadReport, Timings, TokenLogprob, UnloadReport, Usage
 from engine.request import GenerationRequest
@@ -30,6 +24,7 @@ from tests.support.fake_processor import (
     FakeProcessor,
     fake_spec,
 )
+from tests.support.fake_registry import FakeMedia, FakeRegistry, ref
 
 __all__ = [
     "BASE_NAME",
@@ -52,10 +47,6 @@ Item = Delta | Finish | EngineError | asyncio.Event
 Script = Callable[[GenerationRequest], Iterable[Item]]
 
 TIMINGS = Timings(queue_s=0.001, swap_s=0.002, prefill_s=0.003, decode_s=0.004)
-
-
-def ref(name: str, version: int = 1) -> AdapterRef:
-    return AdapterRef(name, version, hashlib.sha256(f"{name}@{version}".encode()).hexdigest())
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------
@@ -192,67 +183,3 @@ class FakeEngineClient:
 
     def close(self) -> None:
         self.is_closed = True
-
-
-# ---- the registry and the rest ---------------------------------------------------------------------------------
-
-
-class FakeLease:
-    def __init__(self, registry: FakeRegistry, ref: AdapterRef) -> None:
-        self.ref = ref
-        self._registry = registry
-        self._is_released = False
-
-    def release(self) -> None:
-        if not self._is_released:
-            self._is_released = True
-            self._registry.leases.remove(self.ref)
-
-
-@dataclass(frozen=True, slots=True)
-class FakeEntry:
-    ref: AdapterRef
-
-
-class FakeRegistry:
-    """Names to refs, with leases counted; holds no packages."""
-
-    def __init__(self, *names: str) -> None:
-        self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
-        self.leases: list[AdapterRef] = []
-
-    def resolve(self, name: str, *, is_visible: Callable[[str], bool] = lambda name: True) -> AdapterRef:
-        if name == "base":
-            return BASE
-        stem, _, version = name.partition("@")
-        for found in reversed(self.versions.get(stem, [])):
-            if not version or str(found.version) == version:
-                return found
-        near = tuple(other for other in self.versions if other[:3] == stem[:3] and is_visible(other))
-        raise AdapterNotFound(name, near)
-
-    def entries(self) -> list[FakeEntry]:
-        return [FakeEntry(versions[-1]) for versions in self.versions.values()]
-
-    def lease(self, ref: AdapterRef) -> FakeLease:
-        if ref != BASE:
-            self.resolve(str(ref))
-        self.leases.append(ref)
-        return FakeLease(self, ref)
-
-
-class FakeMedia:
-    """Loads nothing: every URL is a small red picture, unless ``failure`` is set."""
-
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
-        self.loads: list[tuple[str, str]] = []
-
-    def budget(self) -> None:
-        return None
-
-    async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
-        self.loads.append((url, detail))
-        if self.failure is not None:
-            raise self.failure
-        return ImagePart(Image.new("RGB", (28, 28), "red"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,6 @@ from tests.fakes import IMAGE_TOKEN, VOCAB_SIZE, FakeStream, Item, finish, say
 from tests.support.wire import Wire, error_of, frames_of
 
 PATH = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Wire]:
-    with Wire().serving() as wire:
-        yield wire
-
-
-@pytest.fixture
-def wire(running: Wire) -> Wire:
-    running.reset()
-    return running
 
 
 def complete(wire: Wire, prompt: object = "hi", **fields: object) -> dict[str, Any]:

@@ -40,8 +40,8 @@ from server.errors import (
     error_body,
     error_response,
     to_wire,
-    without_host_paths,
 )
+from server.wording import without_host_paths
 
 TABLE: list[tuple[Exception, int, str]] = [
     (ContextTooLong(9, 8), 400, "context_length_exceeded"),

@@ -30,18 +30,6 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool
 PICTURE = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Wire]:
-    with Wire().serving() as wire:
-        yield wire
-
-
-@pytest.fixture
-def wire(running: Wire) -> Wire:
-    running.reset()
-    return running
-
-
 @pytest.fixture
 def client(wire: Wire) -> Iterator[openai.OpenAI]:
     with wire.openai() as client:

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.fakes import EOS_TOKEN, VOCAB_SIZE
 from tests.support.wire import Wire, error_of
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Wire]:
-    with Wire().serving() as wire:
-        yield wire
-
-
-@pytest.fixture
-def wire(running: Wire) -> Wire:
-    running.reset()
-    return running
 
 
 def test_a_text_becomes_ids(wire: Wire) -> None:

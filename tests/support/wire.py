@@ -24,6 +24,8 @@ from tests.fakes import FakeEngineClient, FakeMedia, FakeProcessor, FakeRegistry
 
 T = TypeVar("T")
 ADAPTERS = ("french", "json", "org/nested")
+CHAT = "/v1/chat/completions"
+PIXEL = "data:image/png;base64,AAAA"
 
 
 class Wire:
@@ -36,7 +38,11 @@ class Wire:
         self.media = FakeMedia()
         self.settings = Settings(**settings)  # type: ignore[arg-type]
         fakes = SimpleNamespace(
-            registry=self.registry, processor=self.processor, media=self.media, source=None, engine=self.engine
+            registry=self.registry,
+            processor=self.processor,
+            media=self.media,
+            source=None,
+            engine=self.engine,
         )
         self.state = ServerState(
             settings=self.settings,
@@ -144,3 +150,17 @@ def frames_of(text: str) -> list[Any]:
     assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
     assert blocks[-1] == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def chat(wire: Wire, body: dict[str, object] | None = None) -> dict[str, Any]:
+    """A whole chat's answer."""
+    response = wire.post(CHAT, ask() if body is None else body)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def stream(wire: Wire, **fields: object) -> list[Any]:
+    """A streamed chat's events."""
+    response = wire.post(CHAT, ask(stream=True, **fields))
+    assert response.status_code == 200, response.text
+    return frames_of(response.text)

@@ -1,0 +1,78 @@
+"""A registry without packages, and a loader without pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from adapters.errors import AdapterNotFound
+from adapters.ref import BASE, AdapterRef
+from base.prompt import ImagePart
+
+
+def ref(name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(name, version, hashlib.sha256(f"{name}@{version}".encode()).hexdigest())
+
+
+class FakeLease:
+    def __init__(self, registry: FakeRegistry, ref: AdapterRef) -> None:
+        self.ref = ref
+        self._registry = registry
+        self._is_released = False
+
+    def release(self) -> None:
+        if not self._is_released:
+            self._is_released = True
+            self._registry.leases.remove(self.ref)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeEntry:
+    ref: AdapterRef
+
+
+class FakeRegistry:
+    """Names to refs, with leases counted; holds no packages."""
+
+    def __init__(self, *names: str) -> None:
+        self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
+        self.leases: list[AdapterRef] = []
+
+    def resolve(self, name: str, *, is_visible: Callable[[str], bool] = lambda name: True) -> AdapterRef:
+        if name == "base":
+            return BASE
+        stem, _, version = name.partition("@")
+        for found in reversed(self.versions.get(stem, [])):
+            if not version or str(found.version) == version:
+                return found
+        near = tuple(other for other in self.versions if other[:3] == stem[:3] and is_visible(other))
+        raise AdapterNotFound(name, near)
+
+    def entries(self) -> list[FakeEntry]:
+        return [FakeEntry(versions[-1]) for versions in self.versions.values()]
+
+    def lease(self, ref: AdapterRef) -> FakeLease:
+        if ref != BASE:
+            self.resolve(str(ref))
+        self.leases.append(ref)
+        return FakeLease(self, ref)
+
+
+class FakeMedia:
+    """Loads nothing: every URL is a small red picture, unless ``failure`` is set."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.loads: list[tuple[str, str]] = []
+
+    def budget(self) -> None:
+        return None
+
+    async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
+        self.loads.append((url, detail))
+        if self.failure is not None:
+            raise self.failure
+        return ImagePart(Image.new("RGB", (28, 28), "red"))
