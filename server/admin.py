@@ -187,6 +187,16 @@ async def pin(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
     return state.registry.entry(name)
 
 
+async def restore_pins(state: ServerState) -> None:
+    """At start: what was pinned when the server last ran is brought to the device again."""
+    pinned = [entry.ref for entry in state.registry.entries() if entry.is_pinned]
+    for ref in pinned[: state.settings.num_slots]:
+        try:
+            await _load(state, ref, should_pin=True)
+        except (AdapterError, EngineError, WireError) as error:
+            audit_log.warning("admin.pin_not_restored name=%s error=%s", ref, type(error).__name__)
+
+
 async def unpin(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
     """Let it be evicted again."""
     entry = find(state, actor, name)

@@ -45,7 +45,9 @@ def invalid_image(why: str) -> WireError:
 
 
 def image_too_large(what: str, limit: str) -> WireError:
-    return WireError(400, "image_too_large", f"the image has {what}; this server takes at most {limit}: shrink it")
+    return WireError(
+        400, "image_too_large", f"the image has {what}; this server takes at most {limit}: shrink it"
+    )
 
 
 def sniff(data: bytes) -> str:

@@ -52,7 +52,9 @@ def hash_key(secret: str) -> str:
     if _HASHED.fullmatch(secret):
         return secret
     if len(secret) < MIN_KEY_CHARS:
-        raise ValueError(f"a key needs at least {MIN_KEY_CHARS} characters; make one with: openssl rand -hex 24")
+        raise ValueError(
+            f"a key needs at least {MIN_KEY_CHARS} characters; make one with: openssl rand -hex 24"
+        )
     return _digest(secret)
 
 

@@ -76,17 +76,23 @@ class MediaBudget:
         self.num_images += 1
         if self.num_images > self._limits.request_images:
             limit = self._limits.request_images
-            raise WireError(400, "invalid_request", f"the request has over {limit} images, the limit here: send fewer")
+            raise WireError(
+                400, "invalid_request", f"the request has over {limit} images, the limit here: send fewer"
+            )
 
     def take_bytes(self, count: int) -> None:
         self.num_bytes += count
         if self.num_bytes > self._limits.request_bytes:
-            raise image_too_large("with the others of its request too many bytes", f"{self._limits.request_bytes:,}")
+            raise image_too_large(
+                "with the others of its request too many bytes", f"{self._limits.request_bytes:,}"
+            )
 
     def take_pixels(self, count: int) -> None:
         self.num_pixels += count
         if self.num_pixels > self._limits.request_pixels:
-            raise image_too_large("with the others of its request too many pixels", f"{self._limits.request_pixels:,}")
+            raise image_too_large(
+                "with the others of its request too many pixels", f"{self._limits.request_pixels:,}"
+            )
 
 
 class MediaLoader:

@@ -74,6 +74,7 @@ def _url(host: str, port: int) -> str:
 def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[], None]) -> None:
     import uvicorn
 
+    from server.admin import restore_pins
     from server.app import create_app
     from server.draining import DrainingServer
 
@@ -89,7 +90,12 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
         timeout_graceful_shutdown=1,
         timeout_keep_alive=75,  # longer than the usual proxy's 60 s, so that it is never us who closes first
     )
-    asyncio.run(DrainingServer(config, state, on_started).serve(sockets=[listener]))
+
+    async def serve() -> None:
+        await restore_pins(state)
+        await DrainingServer(config, state, on_started).serve(sockets=[listener])
+
+    asyncio.run(serve())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["adapters"])
 
-SCHEMES_OFF = "this server registers folders under its --adapter-root only; hub and object-store sources are not supported yet"
+SCHEMES_OFF = "only folders under this server's --adapter-root are supported; hub and object-store sources are not yet"
 LATER = "this server keeps one current version of each name: register the content again under the name that you want"
 
 

@@ -18,7 +18,15 @@ _FILES = {
     "swagger-ui.css": "text/css",
     "start.js": "text/javascript",
 }
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'"
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+    )
+)
 
 
 @router.get("/")

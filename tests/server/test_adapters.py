@@ -222,6 +222,16 @@ def test_load_unload_pin_unpin(client: httpx2.Client, surface: Surface) -> None:
     assert client.get("/v1/adapters/org/a").status_code == 200
 
 
+def test_pins_are_restored_at_start_and_a_failure_stops_nothing(surface: Surface) -> None:
+    for i, name in enumerate("abc"):
+        surface.register(name, seed=i)
+    surface.registry.set_pinned("b", True)
+    asyncio.run(admin.restore_pins(surface.state))
+    assert {str(ref): pin for ref, pin in surface.engine.loaded.items()} == {"b@1": True}
+    surface.engine.load_failure = AdapterRejected(RejectReason.NON_FINITE, "damaged")
+    asyncio.run(admin.restore_pins(surface.state))
+
+
 def test_acts_take_no_fields_and_unknown_acts_are_404(client: httpx2.Client, surface: Surface) -> None:
     surface.register("a")
     assert client.post("/v1/adapters/a/load", json={"slot": 1}).status_code == 400
