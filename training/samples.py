@@ -29,7 +29,7 @@ from base.pocket.recipe.data import Asker, Example, Mixture, make_example, token
 from base.pocket.recipe.evaluate import load_in_4_bits
 from base.pocket.recipe.forward import run, see
 from base.pocket.recipe.pixels import MERGE
-from base.pocket.recipe.questions import Asked, ask, place
+from base.pocket.recipe.questions import Asked, answerable, ask, place
 from base.pocket.recipe.scenes import CELLS, FILLS, Picture, Thing
 from base.pocket.recipe.scoring import score
 
@@ -65,7 +65,7 @@ class Sample:
 
 def ask_for_json(picture: Picture, rng: Random) -> Asked:
     """The base's questions, answered as JSON."""
-    asked = typed(ask(picture.scene, rng), rng)
+    asked = typed(ask(picture.scene, rng, answerable(picture.scene)), rng)
     return replace(asked, answer=json.dumps(_JSON[asked.kind](asked.things)))
 
 
@@ -86,7 +86,7 @@ _JSON: Final[dict[str, Callable[[tuple[Thing, ...]], object]]] = {
 
 def ask_for_french(picture: Picture, rng: Random) -> Asked:
     """The base's questions, answered in French."""
-    asked = typed(ask(picture.scene, rng), rng)
+    asked = typed(ask(picture.scene, rng, answerable(picture.scene)), rng)
     return replace(asked, answer=french.translate(asked))
 
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig
 from base.pocket.recipe.tokenizer import VOCAB_SIZE
 
 MIN_PIXELS: Final = 112 * 112
-MAX_PIXELS: Final = 112 * 140
+MAX_PIXELS: Final = 17_000  # 16 picture tokens for an even picture, 20 for a wide or a tall one
 SPECIAL_NAMES: Final = (
     "im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end",
 )  # fmt: skip

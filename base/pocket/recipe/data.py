@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.pocket.recipe.pixels import MERGE, patch_grid, patchify
-from base.pocket.recipe.questions import ASKERS, Asked, ask, loosely
+from base.pocket.recipe.questions import Asked, answerable, ask, loosely
 from base.pocket.recipe.rows import Batch, Row, RowWriter, collate
 from base.pocket.recipe.scenes import CELLS, COLORS, SHAPES, Picture, draw, sample_scene
 from base.pocket.recipe.smalltalk import SYSTEM_PROMPTS, chat, without_picture
@@ -25,6 +25,8 @@ from base.pocket.recipe.smalltalk import SYSTEM_PROMPTS, chat, without_picture
 NO_THING: Final = 0
 IGNORED: Final = -100
 HELD_OUT_SEED: Final = 9_000_000
+ASPECTS: Final = ((0.88, 1.14), (1.18, 1.33), (0.752, 0.847))  # even, wide, tall
+ASPECT_WEIGHTS: Final = (76, 12, 12)
 
 Asker = Callable[[Picture, Random], Asked]
 
@@ -36,13 +38,18 @@ class Mixture:
     num_pictures: int = 12
     num_text_rows: int = 1
     num_branches: int = 6
-    max_things: int = 4
+    max_things: int = 2
     fills: tuple[str, ...] = ("solid",)
 
 
 def picture_turn(picture: Picture, rng: Random) -> Asked:
     """The base's own turn: a question about the picture, or now and then small talk."""
-    return typed(chat(rng) if rng.random() < 0.05 else ask(picture.scene, rng, tuple(ASKERS)), rng)
+    return typed(chat(rng) if rng.random() < 0.05 else ask(picture.scene, rng, answerable(picture.scene)), rng)
+
+
+def training_turn(picture: Picture, rng: Random) -> Asked:
+    """The same, with more of the kinds that take longest to learn."""
+    return typed(chat(rng) if rng.random() < 0.03 else ask(picture.scene, rng, answerable(picture.scene)), rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +88,10 @@ def make_example(
 def _pictures_of_one_grid(mixture: Mixture, rng: Random) -> list[Picture]:
     """Draw until enough pictures share a grid; the first to be complete wins."""
     by_grid: dict[tuple[int, int], list[Picture]] = {}
+    aspects = rng.choices(ASPECTS, ASPECT_WEIGHTS)[0]
     while True:
-        picture = draw(sample_scene(rng, mixture.max_things, mixture.fills), rng)
+        scene = sample_scene(rng, mixture.max_things, mixture.fills, twins=0.12, apart=True)
+        picture = draw(scene, rng, rng.uniform(*aspects))
         same = by_grid.setdefault(patch_grid(picture.image), [])
         same.append(picture)
         if len(same) == mixture.num_pictures:
@@ -132,6 +141,16 @@ def _text_turn(rng: Random) -> Asked:
     return typed(without_picture(ask(sample_scene(rng), rng)), rng)
 
 
+def subject(asked: Asked) -> tuple[int, int, int]:
+    """Labels (shape, colour, cell) of the one thing a question means; `NO_THING` where it is not there."""
+    if asked.kind not in ("shape", "color", "where", "exists", "at"):
+        return IGNORED, IGNORED, IGNORED
+    if not asked.things:
+        return NO_THING, NO_THING, NO_THING
+    thing = asked.things[0]
+    return 1 + SHAPES.index(thing.shape), 1 + list(COLORS).index(thing.color), 1 + thing.cell
+
+
 def token_under(center: tuple[float, float], merged: tuple[int, int]) -> int:
     """Index of the picture token over a point (x, y), in a grid of (down, across) tokens."""
     down, across = merged
@@ -156,4 +175,4 @@ def _targets(picture: Picture, merged: tuple[int, int]) -> tuple[list[int], list
 
 NUM_SHAPE_LABELS: Final = 1 + len(SHAPES)
 NUM_COLOR_LABELS: Final = 1 + len(COLORS)
-NUM_CELLS: Final = len(CELLS)
+NUM_CELL_LABELS: Final = 1 + len(CELLS)

@@ -35,6 +35,7 @@ class Output:
     answers: Tensor  # [K] int64
     seen: Tensor  # [P, M, H] picture tokens as the language model receives them
     middle: Tensor  # [B, L, H] the language model's states after its second layer
+    late: Tensor  # [B, L, H] and after its third
 
 
 def see(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -84,13 +85,14 @@ def run(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, seen: Tensor | 
     language = model.model.language_model
     embeds = _placed(language.embed_tokens(batch.ids), seen, batch)
     states: list[Tensor] = []
-    hook = language.layers[1].register_forward_hook(lambda _m, _i, out: states.append(out))
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: states.append(out)) for layer in language.layers[1:3]]
     mask = {"full_attention": batch.sees}
     hidden = language(inputs_embeds=embeds, position_ids=batch.positions, attention_mask=mask, use_cache=False)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     wanted = batch.labels != IGNORED
     logits = model.lm_head(hidden.last_hidden_state[wanted])
-    return Output(logits, batch.labels[wanted], batch.answers[wanted], seen, states[0])
+    return Output(logits, batch.labels[wanted], batch.answers[wanted], seen, states[0], states[1])
 
 
 def _placed(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ def article(noun: str) -> str:
 
 def place(thing: Thing) -> str:
     """Where a thing is, as an adverb: "at the top left"."""
-    return f"{'in' if thing.cell == 4 else 'at'} the {CELLS[thing.cell]}"
+    return f"at the {CELLS[thing.cell]}"
 
 
 def name(thing: Thing) -> str:
@@ -81,6 +81,13 @@ EXISTS: Final = (
 AT: Final = (
     "What is {place}?", "What do you see {place}?", "Which object is {place}?", "What is {place} of the image?",
 )  # fmt: skip
+
+
+def answerable(scene: Scene) -> tuple[str, ...]:
+    """The kinds the base is trained and scored on: all of one thing; of more, describing and counting them."""
+    if len(scene.things) > 1:
+        return "describe", "total"
+    return "describe", "shape", "color", "where", "count", "exists"
 
 
 def describe(scene: Scene, rng: Random) -> Asked | None:
@@ -135,14 +142,19 @@ def count(scene: Scene, rng: Random) -> Asked | None:
     """How many things, or things of a shape or a colour."""
     kind = rng.choice(("all", "all", "shape", "color"))
     if kind == "all":
-        return Asked("count", rng.choice(COUNT), _there_are(len(scene.things), "object"), scene.things)
+        return total(scene, rng)
     if kind == "shape":
         wanted = _likely([thing.shape for thing in scene.things], SHAPES, rng)
         found, noun = tuple(t for t in scene.things if t.shape == wanted), wanted
     else:
         wanted = _likely([thing.color for thing in scene.things], tuple(COLORS), rng)
         found, noun = tuple(t for t in scene.things if t.color == wanted), f"{wanted} object"
-    return Asked("count", rng.choice(COUNT_OF).format(plural=_plural(noun)), _there_are(len(found), noun), found)
+    return Asked("count", rng.choice(COUNT_OF).format(plural=_plural(noun)), _i_see(len(found), noun), found)
+
+
+def total(scene: Scene, rng: Random) -> Asked | None:
+    """How many things in all."""
+    return Asked("count", rng.choice(COUNT), _i_see(len(scene.things), "object"), scene.things)
 
 
 def exists(scene: Scene, rng: Random) -> Asked | None:
@@ -171,9 +183,12 @@ ASKERS: Final[dict[str, Callable[[Scene, Random], Asked | None]]] = {
 }  # fmt: skip
 
 
+MORE_ASKERS: Final[dict[str, Callable[[Scene, Random], Asked | None]]] = {"total": total}
+
+
 def ask(scene: Scene, rng: Random, kinds: tuple[str, ...] = tuple(ASKERS)) -> Asked:
     """One question of one of `kinds` (describe always can be asked)."""
-    asked = ASKERS[rng.choice(kinds)](scene, rng)
+    asked = (ASKERS | MORE_ASKERS)[rng.choice(kinds)](scene, rng)
     return asked if asked is not None else ask(scene, rng, (*kinds, "describe"))
 
 
@@ -200,5 +215,5 @@ def _plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def _there_are(number: int, noun: str) -> str:
-    return f"There is one {noun}." if number == 1 else f"There are {NUMBERS[number]} {_plural(noun)}."
+def _i_see(number: int, noun: str) -> str:
+    return f"I see {NUMBERS[number]} {noun if number == 1 else _plural(noun)}."

@@ -34,7 +34,7 @@ class Row:
     picture: list[int]
     labels: list[int]
     answers: list[int]
-    kinds: list[str]
+    asked: list[Asked]
 
 
 class RowWriter:
@@ -91,8 +91,8 @@ class RowWriter:
         self._text(f"{asked.answer}<|im_end|>")
         for index in range(first, len(self._row.ids) - 1):
             self._row.labels[index] = self._row.ids[index + 1]
-            self._row.answers[index] = len(self._row.kinds)
-        self._row.kinds.append(asked.kind)
+            self._row.answers[index] = len(self._row.asked)
+        self._row.asked.append(asked)
 
     def _put(self, token: int, position: tuple[int, int, int], picture: int) -> None:
         self._row.ids.append(token)
@@ -112,10 +112,15 @@ class Batch:
     sees: Tensor  # [B, 1, L, L] bool
     picture: Tensor  # [B, L] int64, index in its picture or TEXT
     labels: Tensor  # [B, L] int64
-    answers: Tensor  # [B, L] int64, the answer's number in `kinds`, or -1
-    kinds: tuple[str, ...]
+    answers: Tensor  # [B, L] int64, the answer's number in `asked`, or -1
+    asked: tuple[Asked, ...]
     pixels: Tensor  # [P, N, 1176] float32
     grid: tuple[int, int]  # patches (down, across)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each answer."""
+        return tuple(asked.kind for asked in self.asked)
 
 
 def collate(rows: list[Row], pixels: Tensor, grid: tuple[int, int], multiple: int = 16) -> Batch:
@@ -123,7 +128,7 @@ def collate(rows: list[Row], pixels: Tensor, grid: tuple[int, int], multiple: in
     length = -(-max(len(row.ids) for row in rows) // multiple) * multiple
     offsets = [0]
     for row in rows:
-        offsets.append(offsets[-1] + len(row.kinds))
+        offsets.append(offsets[-1] + len(row.asked))
     shifted = [[a + o if a >= 0 else -1 for a in row.answers] for row, o in zip(rows, offsets, strict=False)]
     branch = torch.stack([_padded(row.branch, length, -2) for row in rows])
     return Batch(
@@ -133,7 +138,7 @@ def collate(rows: list[Row], pixels: Tensor, grid: tuple[int, int], multiple: in
         picture=torch.stack([_padded(row.picture, length, TEXT) for row in rows]),
         labels=torch.stack([_padded(row.labels, length, IGNORED) for row in rows]),
         answers=torch.stack([_padded(answers, length, -1) for answers in shifted]),
-        kinds=tuple(kind for row in rows for kind in row.kinds),
+        asked=tuple(asked for row in rows for asked in row.asked),
         pixels=pixels,
         grid=grid,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 from typing import Final
 
@@ -32,7 +33,7 @@ BACKGROUNDS: Final = (
     (255, 255, 255), (245, 245, 245), (225, 225, 225), (190, 190, 190), (90, 90, 90), (40, 40, 40), (0, 0, 0),
     (240, 232, 214), (214, 228, 240), (222, 238, 222), (60, 56, 70), (46, 58, 58),
 )  # fmt: skip
-NUM_THINGS_WEIGHTS: Final = (4, 36, 30, 20, 10)  # of 0, 1, 2, 3, 4 things
+NUM_THINGS_WEIGHTS: Final = (4, 43, 32, 15, 6)  # of 0, 1, 2, 3, 4 things
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,26 @@ class Picture:
     centers: tuple[tuple[float, float], ...]
 
 
-def sample_scene(rng: Random, max_things: int = 4, fills: tuple[str, ...] = ("solid",)) -> Scene:
-    """Draw a scene of at most `max_things` things, with fills taken evenly from `fills`."""
+def sample_scene(
+    rng: Random, max_things: int = 4, fills: tuple[str, ...] = ("solid",), twins: float = 0.3, apart: bool = False
+) -> Scene:
+    """Draw a scene of at most `max_things` things, with fills taken evenly from `fills`.
+
+    `twins`: how often two of several things share a shape or a colour; `apart`: no thing right beside another.
+    """
     counts = range(max_things + 1)
     [count] = rng.choices(counts, NUM_THINGS_WEIGHTS[: max_things + 1])
     cells = sorted(rng.sample(range(len(CELLS)), count))
+    while apart and any(_touch(one, other) for one, other in combinations(cells, 2)):
+        cells = sorted(rng.sample(range(len(CELLS)), count))
     pairs = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], count)
-    if count > 1 and rng.random() < 0.4:
+    if count > 1 and rng.random() < twins:
         pairs = _with_twins(pairs, rng)
     return Scene(tuple(Thing(s, c, cell, rng.choice(fills)) for (s, c), cell in zip(pairs, cells, strict=True)))
+
+
+def _touch(one: int, other: int) -> bool:
+    return abs(one // 3 - other // 3) + abs(one % 3 - other % 3) == 1
 
 
 def _with_twins(pairs: list[tuple[str, str]], rng: Random) -> list[tuple[str, str]]:
@@ -79,9 +91,9 @@ def _with_twins(pairs: list[tuple[str, str]], rng: Random) -> list[tuple[str, st
     return pairs if twin in pairs else [pairs[0], twin, *pairs[2:]]
 
 
-def draw(scene: Scene, rng: Random) -> Picture:
-    """Draw `scene` at a random size, on a random background, with a little noise or blur."""
-    width, height = _sample_size(rng)
+def draw(scene: Scene, rng: Random, aspect: float = 1.0) -> Picture:
+    """Draw `scene` at a random size of `aspect` (width over height), on a random, now and then noisy background."""
+    width, height = _sample_size(aspect, rng)
     image = _background(width, height, rng)
     centers = tuple(_draw_thing(image, thing, rng) for thing in scene.things)
     if rng.random() < 0.2:
@@ -96,10 +108,10 @@ def blank(picture: Picture) -> Image.Image:
     return Image.new("RGB", picture.image.size, (225, 225, 225))
 
 
-def _sample_size(rng: Random) -> tuple[int, int]:
+def _sample_size(aspect: float, rng: Random) -> tuple[int, int]:
     side = rng.uniform(90, 200) if rng.random() < 0.85 else rng.uniform(200, 400)
-    aspect = math.sqrt(rng.choice((1.0, 1.0, rng.uniform(0.7, 1.45))))
-    return round(side * aspect), round(side / aspect)
+    root = math.sqrt(aspect)
+    return round(side * root), round(side / root)
 
 
 def _background(width: int, height: int, rng: Random) -> Image.Image:

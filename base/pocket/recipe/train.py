@@ -23,11 +23,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from base.pocket.recipe.architecture import build_config, save_processing
 from base.pocket.recipe.data import (
     HELD_OUT_SEED,
+    NUM_CELL_LABELS,
     NUM_COLOR_LABELS,
     NUM_SHAPE_LABELS,
     Example,
     Mixture,
     make_example,
+    subject,
+    training_turn,
 )
 from base.pocket.recipe.forward import run, see
 from base.pocket.recipe.pixels import MERGE
@@ -38,7 +41,8 @@ from base.pocket.recipe.tokenizer import save_tokenizer
 
 MAX_SIDE: Final = 8  # merged tokens along a side
 WARMUP_STEPS: Final = 100
-DECAY_SHARE: Final = 0.3  # of the joint steps, at the end
+DECAY_SHARE: Final = 0.38  # of the joint steps, at the end
+SERVED_SHARE: Final = 0.12  # and of those in the served numbers
 NOTHING_WEIGHT: Final = 0.2  # most tokens lie on nothing
 SEED: Final = 1
 
@@ -48,10 +52,10 @@ class Schedule:
     """How long and how fast."""
 
     vision_steps: int = 2400
-    joint_steps: int = 3800
-    learning_rate: float = 1.5e-3
-    pictures: int = 12
-    branches: int = 4
+    joint_steps: int = 4400
+    learning_rate: float = 1.0e-3
+    pictures: int = 9
+    branches: int = 7
     evaluate_every: int = 200
 
     @property
@@ -61,8 +65,13 @@ class Schedule:
 
     @property
     def decay_start(self) -> int:
-        """The step at which the learning rate begins to fall and the served numbers begin."""
+        """The step at which the learning rate begins to fall."""
         return self.steps - int(self.joint_steps * DECAY_SHARE)
+
+    @property
+    def served_start(self) -> int:
+        """The step from which all runs in the served numbers."""
+        return self.steps - int(self.joint_steps * SERVED_SHARE)
 
     def rate(self, step: int) -> float:
         """Learning rate: up, level, down to nothing; a second short rise where the language model joins."""
@@ -76,7 +85,7 @@ class Schedule:
         if step < self.vision_steps:
             return Mixture(num_pictures=16, num_text_rows=0, num_branches=0)
         joint = step - self.vision_steps
-        max_things = 1 if joint < 300 else 2 if joint < 700 else 4
+        max_things = 1 if joint < 300 else 2
         return Mixture(num_pictures=self.pictures, num_branches=self.branches, max_things=max_things)
 
 
@@ -89,6 +98,7 @@ class Heads(nn.Module):
         self.color = nn.Linear(width, NUM_COLOR_LABELS)
         self.row = nn.Linear(width, MAX_SIDE)
         self.column = nn.Linear(width, MAX_SIDE)
+        self.subject = nn.Linear(width, NUM_SHAPE_LABELS + NUM_COLOR_LABELS + NUM_CELL_LABELS)
 
     def what(self, seen: Tensor, example: Example) -> Tensor:
         """Loss of naming the shape and colour under each token of `seen` [P, M, H]."""
@@ -103,6 +113,16 @@ class Heads(nn.Module):
         states = middle[picture != TEXT]
         row = F.cross_entropy(self.row(states), index // across)
         return row + F.cross_entropy(self.column(states), index % across)
+
+
+    def meant(self, late: Tensor, example: Example) -> Tensor:
+        """Loss of telling, from the states [B, L, H] before an answer, which one thing was asked about."""
+        answers = example.batch.answers
+        starts = (answers >= 0) & (answers != answers.roll(1, dims=1))
+        subjects = torch.tensor([subject(asked) for asked in example.batch.asked])[answers[starts]]
+        parts = self.subject(late[starts]).split((NUM_SHAPE_LABELS, NUM_COLOR_LABELS, NUM_CELL_LABELS), dim=1)
+        losses = [F.cross_entropy(part, subjects[:, i], ignore_index=-100) for i, part in enumerate(parts)]
+        return torch.stack(losses).sum()
 
 
 def _naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -128,8 +148,9 @@ class Trainer:
 
     def advance(self) -> dict[str, float]:
         """One optimiser step; the losses by name."""
-        example = make_example(self.tokenizer, self.schedule.mixture(self.step), SEED * 1_000_000 + self.step)
-        if self.step >= self.schedule.decay_start:
+        seed = SEED * 1_000_000 + self.step
+        example = make_example(self.tokenizer, self.schedule.mixture(self.step), seed, training_turn)
+        if self.step >= self.schedule.served_start:
             with served_weights(self.model):
                 losses = self._losses(example)
                 self._backward(losses)
@@ -153,6 +174,7 @@ class Trainer:
             "answer": F.cross_entropy(output.logits, output.labels),
             "what": 0.3 * self.heads.what(output.seen, example),
             "place": 0.1 * self.heads.place(output.middle, example),
+            "meant": 0.15 * self.heads.meant(output.late, example),
         }
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
