@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from adapters.ref import AdapterRef
-from engine.errors import EngineError, StepFailed
+from engine.errors import StepFailed
 from engine.request import GenerationRequest
 from engine.stream import Delta, Finish
 from server.state import ServerState, TokenStream
@@ -102,7 +102,7 @@ async def _pump(index: int, stream: TokenStream, queue: asyncio.Queue[Event | Ex
     try:
         async for item in _whole(stream):
             await queue.put((index, item))
-    except EngineError as error:
+    except Exception as error:  # noqa: BLE001 (whoever reads the queue raises it; unsaid, the reader would wait for ever)
         await queue.put(error)
 
 

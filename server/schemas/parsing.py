@@ -61,7 +61,7 @@ def _explain(detail: ErrorDetails, num_more: int) -> WireError:
     if kind == "union_tag_invalid":
         return _explain_tag(detail, path)
     if kind == "union_tag_not_found":
-        return invalid_request(f"`{path}` has no form that is known here", path)
+        return invalid_request(f"`{path}` is not of a kind that this field takes: see /docs", path)
     if kind == "literal_error" and path.endswith(".type") and path.startswith("tool"):
         return unsupported(f"`{path}` must be 'function': this server has no other tools", path)
     message = detail["msg"][:1].lower() + detail["msg"][1:]

@@ -20,8 +20,8 @@ from engine.errors import (
 )
 from engine.request import GenerationRequest
 from tests.fakes import Item, delta, finish
+from tests.support.wire import ADAPTERS, PIXEL, Wire, ask, error_of, frames_of, stream
 from tests.support.wire import CHAT as PATH
-from tests.support.wire import PIXEL, Wire, ask, error_of, stream
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,27 @@ def test_a_stream_starts_after_the_keepalive_interval_without_a_token() -> None:
             rest = list(lines)
         assert any("late" in line for line in rest)
         assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
+
+
+def test_64_streams_at_once_each_get_their_own_answer(wire: Wire) -> None:
+    def script(request: GenerationRequest) -> list[Item]:
+        words = [f"{bytes(request.prompt.ids).decode()} {i};" for i in range(40)]
+        return [*(delta(word) for word in words), finish(request, 40)]
+
+    async def one(client: httpx2.AsyncClient, number: int) -> str:
+        adapter = ("base", *ADAPTERS)[number % 4]
+        response = await client.post(wire.url + PATH, json=ask(f"n{number}", stream=True, adapter=adapter))
+        frames = frames_of(response.text)
+        return "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames)
+
+    async def all_of_them() -> list[str]:
+        async with httpx2.AsyncClient(timeout=30) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(64)))
+
+    wire.engine.script = script
+    answers = asyncio.run(all_of_them())
+    assert answers == ["".join(f"user:n{number} {i};" for i in range(40)) for number in range(64)]
+    assert wire.registry.leases == []
 
 
 def test_a_slow_reader_is_cut_and_freed() -> None:

@@ -5,15 +5,35 @@ from __future__ import annotations
 from typing import Any, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 
-from server.errors import WireError
+from server.errors import WireError, error_body
 from server.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from server.schemas.defaults import CHAT, COMPLETION
 from server.schemas.openapi import json_body
 from tests.support.wire import ask
+
+WORDS = (
+    *(
+        "role",
+        "content",
+        "type",
+        "text",
+        "image_url",
+        "url",
+        "detail",
+        "name",
+        "weight",
+        "id",
+        "scale",
+        "function",
+    ),
+    *("json_schema", "schema", "tool_calls", "arguments", "user", "assistant", "include_usage", "parameters"),
+)
 
 
 def refusal(**fields: object) -> WireError:
@@ -339,6 +359,37 @@ def test_bad_completions_are_named(fields: dict[str, object], param: str) -> Non
     with pytest.raises(WireError) as caught:
         parse_completion({"prompt": "x", **fields})
     assert caught.value.param == param
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(sorted(set(ChatRequest.model_fields) | set(CHAT))), JSON, max_size=4),
+    JSON,
+)
+def test_any_json_is_a_request_or_a_short_400(fields: dict[str, object], message: object) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}, message], **fields}
+    statuses = {200}
+    for parse in (parse_chat, parse_completion):
+        try:
+            parse(body)
+        except WireError as error:
+            statuses.add(error.status)
+            error_body(error)
+    assert statuses <= {200, 400}
 
 
 def test_the_documented_body_has_no_dangling_references() -> None:
