@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Iterator
 
 import httpx2
 import pytest
@@ -84,6 +85,15 @@ def test_one_failed_choice_fails_the_answer_and_ends_the_others(wire: Wire) -> N
     response = wire.post(PATH, ask(n=2))
     assert response.status_code == 500
     assert all(one.is_aborted for one in wire.engine.streams)
+
+
+def test_a_bug_in_one_of_many_choices_is_an_answer_not_a_wait(wire: Wire) -> None:
+    def script(request: GenerationRequest) -> Iterator[Item]:
+        yield delta("a")
+        raise RuntimeError("a bug")
+
+    wire.engine.script = script
+    assert error_of(wire.post(PATH, ask(n=2)))["code"] == "internal"
 
 
 def test_a_stream_that_ends_without_a_finish_is_an_error_not_a_short_answer(wire: Wire) -> None:
