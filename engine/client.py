@@ -246,7 +246,10 @@ class EngineClient:
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport:
-        """Bring an adapter to the device and prove it. Raises AdapterError or EngineError."""
+        """Bring an adapter to the device and prove it; ``pin`` says whether it is pinned from then on.
+
+        Raises AdapterError or EngineError.
+        """
         answer: Answer[LoadReport] = Answer()
         self._require_alive()
         self._engine.inbox.put(LoadAdapter(ref, pin, answer.reply))

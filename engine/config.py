@@ -20,6 +20,9 @@ class EngineConfig:
     """Longest prompt plus output in tokens; None takes the base's own limit. Never more than the KV cache holds."""
     max_batch_tokens: int = 512
     """Token budget of one step: the longest that a prefill can delay everybody's next token."""
+    prefill_chunk: int = 256
+    """Prompts are computed in pieces that end at multiples of this many tokens, whoever else is in the step: so the
+    rounding of a prompt's attention, and with it the answer, does not depend on its neighbours."""
     max_running: int = 64
     """Sequences that decode at once."""
     max_waiting: int = 256

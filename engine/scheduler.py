@@ -22,15 +22,24 @@ class StepBudget:
         self.num_patches = num_patches
         self.image_jobs: list[ImageJob] = []
 
-    def take_image(self, job: ImageJob) -> bool:
-        """Whether the image goes into this step; one image larger than the whole budget goes alone."""
-        if any(taken.key == job.key for taken in self.image_jobs):
-            return True
-        num_patches = job.image.pixels.shape[0]
+        self.has_prefill = False
+
+    def take_prefill(self, num_tokens: int, jobs: list[ImageJob]) -> bool:
+        """Whether a piece of a prompt, with the images it needs encoded, goes into this step.
+
+        The first piece of a step always does, and so does an image larger than the whole vision budget if it is first.
+        """
+        taken = {job.key for job in self.image_jobs}
+        new = list({job.key: job for job in jobs if job.key not in taken}.values())
+        num_patches = sum(job.image.pixels.shape[0] for job in new)
+        if self.has_prefill and num_tokens > self.num_tokens:
+            return False
         if self.image_jobs and num_patches > self.num_patches:
             return False
+        self.has_prefill = True
+        self.num_tokens -= num_tokens
         self.num_patches -= num_patches
-        self.image_jobs.append(job)
+        self.image_jobs += new
         return True
 
 
@@ -129,16 +138,14 @@ class Scheduler:
         return chunks
 
     def _next_chunk(self, sequence: Sequence, budget: StepBudget) -> Chunk | None:
-        """The longest piece of its prefill that the token and vision budgets allow; None if that is nothing."""
-        num_tokens = min(sequence.num_uncomputed, budget.num_tokens)
-        chunk = Chunk(sequence, sequence.num_computed, num_tokens)
-        for image in chunk.images():
-            job = ImageJob(sequence.image_key(image), image, self._vision_slot(sequence))
-            if job.key not in self._vision_cache and not budget.take_image(job):
-                chunk = Chunk(sequence, chunk.start, max(0, image.offset - chunk.start))
-                break
-        budget.num_tokens -= chunk.num_tokens
-        return chunk if chunk.num_tokens > 0 else None
+        """Its next piece, if the budgets allow it; where a piece ends depends on the prompt alone."""
+        start, size = sequence.num_computed, self._config.prefill_chunk
+        end = min(sequence.num_tokens, (start // size + 1) * size)
+        chunk = Chunk(sequence, start, end - start)
+        keyed = ((sequence.image_key(image), image) for image in chunk.images())
+        slot = self._vision_slot(sequence)
+        jobs = [ImageJob(key, image, slot) for key, image in keyed if key not in self._vision_cache]
+        return chunk if budget.take_prefill(chunk.num_tokens, jobs) else None
 
     @staticmethod
     def _vision_slot(sequence: Sequence) -> int:

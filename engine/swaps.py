@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterBusy, AdapterError, AdapterRejected, InsufficientMemory
 from adapters.mover import Mover
@@ -137,7 +137,7 @@ class AdapterSwaps:
         probe_s = time.monotonic() - begin_s
         if has_running:
             self._observer.record(DecodeStalled("adapter_probe", probe_s))
-        return Moved(result.move, result.num_bytes, {**result.seconds, "probe": probe_s})
+        return replace(result, seconds={**result.seconds, "probe": probe_s})
 
     def _announce(self, result: Moved) -> None:
         took_ms = 1000 * sum(result.seconds.values())
@@ -156,8 +156,7 @@ class AdapterSwaps:
         for ref in [r for r in self._loads if self._residency.slot_of(r) is not None]:
             slot = self._residency.hold(ref)
             for message, asked_s in self._loads.pop(ref):
-                if message.pin:
-                    self._residency.pin(ref)
+                self._residency.pin(ref) if message.pin else self._residency.unpin(ref)
                 took_s = time.monotonic() - asked_s
                 self._answer(message, LoadReport(ref, slot, self._bank.slot_bytes(slot), took_s))
             self._residency.release(ref)

@@ -37,7 +37,9 @@ def configure_logging(level: str, kind: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about clients' pictures; they would name folders of this host
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # about clients' pictures; they would name folders of this host
     logging.getLogger("lorikeet").setLevel(level.upper())
     for name in _QUIET:
         quiet = logging.getLogger(name)

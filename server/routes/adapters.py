@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["adapters"])
 
-SCHEMES_OFF = "only folders under this server's --adapter-root are supported; hub and object-store sources are not yet"
+SCHEMES_OFF = (
+    "only folders under this server's --adapter-root are supported; hub and object-store sources are not yet"
+)
 LATER = "this server keeps one current version of each name: register the content again under the name that you want"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine.detokenizer import Detokenizer, Vocabulary
+from base.tokens import Tokens
+from engine.detokenizer import Detokenizer
 
 TEXTS = [
     "hello world",
@@ -35,7 +35,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = small_tokenizer()
-VOCABULARY = Vocabulary(TOKENIZER)
+VOCABULARY = Tokens(TOKENIZER.to_str())
 SIZE = TOKENIZER.get_vocab_size()
 
 
@@ -96,10 +96,3 @@ def test_ids_that_name_no_token_are_nothing() -> None:
 def test_token_bytes_are_parts_of_characters() -> None:
     token_ids = TOKENIZER.encode("日本 é").ids
     assert b"".join(VOCABULARY.token_bytes(i) for i in token_ids) == "日本 é".encode()
-
-
-def test_a_tokenizer_that_is_not_byte_level_is_refused() -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.decoder = decoders.Metaspace()
-    with pytest.raises(ValueError, match="ByteLevel is needed"):
-        Vocabulary(tokenizer)

@@ -48,8 +48,8 @@ def names(plan: StepPlan) -> list[tuple[str, int]]:
     return [(chunk.sequence.request_id, chunk.num_tokens) for chunk in plan.chunks]
 
 
-def test_decodes_go_first_and_a_long_prompt_takes_only_what_is_left() -> None:
-    desk = Desk(max_batch_tokens=8)
+def test_decodes_go_first_and_a_long_prompt_comes_in_pieces() -> None:
+    desk = Desk(max_batch_tokens=8, prefill_chunk=7)
     desk.add("a", 3)
     assert names(desk.step()) == [("a", 3)]
     desk.add("long", 20)
@@ -57,6 +57,26 @@ def test_decodes_go_first_and_a_long_prompt_takes_only_what_is_left() -> None:
     assert names(desk.step()) == [("a", 1), ("long", 7)]
     assert names(desk.step()) == [("a", 1), ("long", 6)]
     assert names(desk.step()) == [("a", 1), ("long", 1)]
+
+
+def test_where_a_prompt_is_cut_does_not_depend_on_its_neighbours() -> None:
+    def cuts(num_neighbours: int) -> list[int]:
+        desk = Desk(max_batch_tokens=16, prefill_chunk=8)
+        for i in range(num_neighbours):
+            desk.add(f"n{i}", 5)
+        desk.add("watched", 21)
+        plans = [names(desk.step()) for _ in range(12)]
+        return [n for plan in plans for name, n in plan if name == "watched" and n > 1]
+
+    assert cuts(0) == cuts(1) == cuts(3) == cuts(7) == [8, 8, 5]
+
+
+def test_a_piece_that_does_not_fit_waits_for_the_next_step() -> None:
+    desk = Desk(max_batch_tokens=12, prefill_chunk=8)
+    desk.add("first", 7)
+    desk.add("second", 8)
+    assert names(desk.step()) == [("first", 7)]
+    assert names(desk.step()) == [("first", 1), ("second", 8)]
 
 
 def test_a_sequence_whose_adapter_is_away_waits_and_others_pass_it() -> None:
@@ -106,17 +126,23 @@ def test_ending_frees_everything() -> None:
     assert not sequence.pinned_images and sequence.status is Status.ENDED
 
 
-def test_a_chunk_stops_before_an_image_that_the_vision_budget_refuses() -> None:
+def test_a_piece_whose_images_exceed_the_vision_budget_waits_for_the_next_step() -> None:
     desk = Desk(max_image_patches_per_step=10)
-    first = make_image("first", offset=2, num_tokens=2)
-    second = make_image("second", offset=6, num_tokens=2)
-    desk.add("s", 10, images=(first, second))
+    desk.add("first", 6, images=(make_image("one", offset=2, num_tokens=2),))
+    desk.add("second", 6, images=(make_image("two", offset=2, num_tokens=2),))
     plan = desk.step()
-    assert names(plan) == [("s", 6)]
-    assert [job.image.digest for job in plan.image_jobs] == ["first"]
+    assert names(plan) == [("first", 6)]
+    assert [job.image.digest for job in plan.image_jobs] == ["one"]
     plan = desk.step()
-    assert names(plan) == [("s", 4)]
-    assert [job.image.digest for job in plan.image_jobs] == ["second"]
+    assert names(plan) == [("first", 1), ("second", 6)]
+    assert [job.image.digest for job in plan.image_jobs] == ["two"]
+
+
+def test_an_image_asked_about_twice_is_encoded_once() -> None:
+    desk = Desk()
+    for name in ("first", "second"):
+        desk.add(name, 6, images=(make_image("same", offset=2, num_tokens=2),))
+    assert len(desk.step().image_jobs) == 1
 
 
 def test_one_image_larger_than_the_whole_vision_budget_goes_alone() -> None:

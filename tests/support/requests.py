@@ -45,7 +45,8 @@ def make_sequence(
     num_tokens: int = 5,
     adapter: AdapterRef = BASE,
     images: tuple[PromptImage, ...] = (),
+    arrival_s: float = 0.0,
     **params: object,
 ) -> Sequence:
-    request = make_request(request_id, num_tokens, adapter, images, **params)
+    request = make_request(request_id, num_tokens, adapter, images, arrival_s, **params)
     return Sequence(request, SamplerState(request.sampling, request.prompt.ids, (), VOCAB_SIZE), born_s=0.0)
