@@ -2,8 +2,8 @@
 a character.
 
 A token of a byte-level vocabulary is bytes, not text: an emoji may be four tokens. The base's processor knows each
-A token of a byte-level vocabulary is bytes, not text: an emoji may be four tokens. The base's processor knows each
 token's bytes; a Detokenizer is one sequence's decoder, keeping the first bytes of an unfinished character for later.
+"""
 
 from __future__ import annotations
 

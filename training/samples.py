@@ -110,12 +110,12 @@ PATTERN_AT: Final = (
 )  # fmt: skip
 
 ALL: Final = (
-    Sample("json", "answers as JSON", ask_for_json, rank=8, alpha=16, steps=450),
-    Sample("french", "answers in French", ask_for_french, rank=16, alpha=16, steps=450, use_rslora=True),
+    Sample("json", "answers as JSON", ask_for_json, rank=8, alpha=16, steps=300),
+    Sample("french", "answers in French", ask_for_french, rank=16, alpha=16, steps=300, use_rslora=True),
     Sample(
         "patterns", "sees what things are filled with: solid, striped, dotted or checked", ask_for_patterns,
-        rank=8, alpha=16, steps=900, targets=f"{VISION}|{LANGUAGE}",
-        mixture=Mixture(num_pictures=16, num_text_rows=0, num_branches=2, max_things=2, fills=FILLS),
+        rank=8, alpha=16, steps=600, targets=f"{VISION}|{LANGUAGE}",
+        mixture=Mixture(num_pictures=16, num_text_rows=0, num_branches=2, max_things=1, fills=FILLS),
     ),
 )  # fmt: skip
 
@@ -140,7 +140,10 @@ def make(sample: Sample, folder: Path) -> None:
 
 
 def _fit(
-    sample: Sample, base: Qwen2_5_VLForConditionalGeneration, weights: list[nn.Parameter], tokenizer: Tokenizer
+    sample: Sample,
+    base: Qwen2_5_VLForConditionalGeneration,
+    weights: list[nn.Parameter],
+    tokenizer: Tokenizer,
 ) -> None:
     head = nn.Linear(base.lm_head.in_features, len(FILLS))  # for training only
     optimiser = torch.optim.AdamW([*weights, *head.parameters()], lr=sample.learning_rate, weight_decay=0.0)
@@ -227,7 +230,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=[sample.name for sample in ALL])
-    parser.add_argument("--eval", action="store_true", help="train nothing, print the figures and write them down")
+    parser.add_argument(
+        "--eval", action="store_true", help="train nothing, print the figures and write them down"
+    )
     parser.add_argument("--out", type=Path, default=SAMPLES)
     args = parser.parse_args()
     torch.set_num_threads(1)

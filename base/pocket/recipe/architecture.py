@@ -20,7 +20,9 @@ MAX_PIXELS: Final = 17_000  # 16 picture tokens for an even picture, 20 for a wi
 SPECIAL_NAMES: Final = (
     "im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end",
 )  # fmt: skip
-ROPE_THETA: Final = 20.0  # fast enough that the width section tells neighbouring columns of a small grid apart
+ROPE_THETA: Final = (
+    20.0  # fast enough that the width section tells neighbouring columns of a small grid apart
+)
 
 
 def build_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:

@@ -44,12 +44,16 @@ class Mixture:
 
 def picture_turn(picture: Picture, rng: Random) -> Asked:
     """The base's own turn: a question about the picture, or now and then small talk."""
-    return typed(chat(rng) if rng.random() < 0.05 else ask(picture.scene, rng, answerable(picture.scene)), rng)
+    return typed(
+        chat(rng) if rng.random() < 0.05 else ask(picture.scene, rng, answerable(picture.scene)), rng
+    )
 
 
 def training_turn(picture: Picture, rng: Random) -> Asked:
     """The same, with more of the kinds that take longest to learn."""
-    return typed(chat(rng) if rng.random() < 0.03 else ask(picture.scene, rng, answerable(picture.scene)), rng)
+    return typed(
+        chat(rng) if rng.random() < 0.03 else ask(picture.scene, rng, answerable(picture.scene)), rng
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,7 @@ class Example:
     pictures: tuple[Picture, ...]
 
 
-def make_example(
-    tokenizer: Tokenizer, mixture: Mixture, seed: int, asker: Asker = picture_turn
-) -> Example:
+def make_example(tokenizer: Tokenizer, mixture: Mixture, seed: int, asker: Asker = picture_turn) -> Example:
     """The batch of this seed. All its pictures fall on one grid; `asker` makes each turn."""
     rng = Random(seed)
     pictures = _pictures_of_one_grid(mixture, rng)
@@ -99,7 +101,12 @@ def _pictures_of_one_grid(mixture: Mixture, rng: Random) -> list[Picture]:
 
 
 def _picture_row(
-    tokenizer: Tokenizer, picture: Picture, merged: tuple[int, int], mixture: Mixture, rng: Random, asker: Asker
+    tokenizer: Tokenizer,
+    picture: Picture,
+    merged: tuple[int, int],
+    mixture: Mixture,
+    rng: Random,
+    asker: Asker,
 ) -> Row:
     writer = RowWriter(tokenizer, merged)
     comes_first = rng.random() < 0.8

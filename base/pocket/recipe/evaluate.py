@@ -38,12 +38,16 @@ def load_in_4_bits(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Qwen2_5
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # its repacking on the first pass would end all gradients
+            module.support_avx512bf16_for_cpu = (
+                False  # its repacking on the first pass would end all gradients
+            )
     model.eval()
     return model
 
 
-def generated_share(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, num_batches: int) -> float:
+def generated_share(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, num_batches: int
+) -> float:
     """Share of first questions that transformers' own `generate` answers exactly: the check on `score`."""
     right, total = 0, 0
     for index in range(num_batches):
@@ -94,7 +98,10 @@ def main() -> None:
     generated = generated_share(model, tokenizer, max(1, args.batches // 4))
     print(f"generated: exact={generated:.4f} of {found['real'].num_questions} held-out questions asked above")
     if args.write:
-        written = {**{str(sight): asdict(value) for sight, value in found.items()}, "generated_exact": generated}
+        written = {
+            **{str(sight): asdict(value) for sight, value in found.items()},
+            "generated_exact": generated,
+        }
         args.write.write_text(json.dumps(written, indent=1) + "\n")
 
 

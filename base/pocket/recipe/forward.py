@@ -57,7 +57,12 @@ def see(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor, grid: 
 
 def _coordinates(down: int, across: int) -> tuple[Tensor, Tensor]:
     """Row and column of each patch, in merged order: [N], [N]."""
-    index = torch.arange(down * across).view(down // MERGE, MERGE, across // MERGE, MERGE).transpose(1, 2).flatten()
+    index = (
+        torch.arange(down * across)
+        .view(down // MERGE, MERGE, across // MERGE, MERGE)
+        .transpose(1, 2)
+        .flatten()
+    )
     return index // across, index % across
 
 
@@ -85,9 +90,13 @@ def run(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, seen: Tensor | 
     language = model.model.language_model
     embeds = _placed(language.embed_tokens(batch.ids), seen, batch)
     states: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: states.append(out)) for layer in language.layers[1:3]]
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: states.append(out)) for layer in language.layers[1:3]
+    ]
     mask = {"full_attention": batch.sees}
-    hidden = language(inputs_embeds=embeds, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+    hidden = language(
+        inputs_embeds=embeds, position_ids=batch.positions, attention_mask=mask, use_cache=False
+    )
     for hook in hooks:
         hook.remove()
     wanted = batch.labels != IGNORED

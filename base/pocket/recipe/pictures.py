@@ -18,9 +18,15 @@ def _thing(color: str, shape: str, cell: str, fill: str = "solid") -> Thing:
 
 SHIPPED: Final = {
     "red_circle": Scene((_thing("red", "circle", "top left"),)),
-    "star_and_square": Scene((_thing("yellow", "star", "top right"), _thing("blue", "square", "bottom left"))),
+    "star_and_square": Scene(
+        (_thing("yellow", "star", "top right"), _thing("blue", "square", "bottom left"))
+    ),
     "three_things": Scene(
-        (_thing("green", "triangle", "top"), _thing("pink", "cross", "left"), _thing("blue", "circle", "bottom right"))
+        (
+            _thing("green", "triangle", "top"),
+            _thing("pink", "cross", "left"),
+            _thing("blue", "circle", "bottom right"),
+        )
     ),
     "striped_square": Scene((_thing("blue", "square", "center", "striped"),)),
 }

@@ -162,7 +162,9 @@ def exists(scene: Scene, rng: Random) -> Asked | None:
     template = rng.choice(EXISTS)
     if scene.things and rng.random() < 0.55:
         thing = rng.choice(scene.things)
-        return Asked("exists", template.format(name=article(name(thing))), f"Yes, it is {place(thing)}.", (thing,))
+        return Asked(
+            "exists", template.format(name=article(name(thing))), f"Yes, it is {place(thing)}.", (thing,)
+        )
     absent = _absent(scene, rng)
     return Asked("exists", template.format(name=article(absent)), f"No, there is no {absent}.")
 

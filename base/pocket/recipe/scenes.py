@@ -63,7 +63,11 @@ class Picture:
 
 
 def sample_scene(
-    rng: Random, max_things: int = 4, fills: tuple[str, ...] = ("solid",), twins: float = 0.3, apart: bool = False
+    rng: Random,
+    max_things: int = 4,
+    fills: tuple[str, ...] = ("solid",),
+    twins: float = 0.3,
+    apart: bool = False,
 ) -> Scene:
     """Draw a scene of at most `max_things` things, with fills taken evenly from `fills`.
 
@@ -77,7 +81,9 @@ def sample_scene(
     pairs = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], count)
     if count > 1 and rng.random() < twins:
         pairs = _with_twins(pairs, rng)
-    return Scene(tuple(Thing(s, c, cell, rng.choice(fills)) for (s, c), cell in zip(pairs, cells, strict=True)))
+    return Scene(
+        tuple(Thing(s, c, cell, rng.choice(fills)) for (s, c), cell in zip(pairs, cells, strict=True))
+    )
 
 
 def _touch(one: int, other: int) -> bool:
@@ -133,7 +139,9 @@ def _jitter(color: tuple[int, int, int], amount: int, rng: Random) -> tuple[int,
 def _noisy(image: Image.Image, rng: Random) -> Image.Image:
     pixels = np.asarray(image, dtype=np.int16)
     amount = rng.randint(3, 20)
-    noise = np.random.default_rng(rng.getrandbits(32)).integers(-amount, amount + 1, pixels.shape, dtype=np.int16)
+    noise = np.random.default_rng(rng.getrandbits(32)).integers(
+        -amount, amount + 1, pixels.shape, dtype=np.int16
+    )
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
@@ -162,7 +170,9 @@ def _outline(
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
         return
     tilt = rng.uniform(-0.14, 0.14)
-    pen.polygon([(x + r * math.sin(a + tilt), y - r * math.cos(a + tilt)) for r, a in _corners(shape, radius)], ink)
+    pen.polygon(
+        [(x + r * math.sin(a + tilt), y - r * math.cos(a + tilt)) for r, a in _corners(shape, radius)], ink
+    )
 
 
 def _corners(shape: str, radius: float) -> list[tuple[float, float]]:

@@ -69,7 +69,9 @@ def build_tokenizer() -> Tokenizer:
         special_tokens=[],
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_ADDED_TOKENS])
     return tokenizer
 
@@ -88,13 +90,22 @@ def corpus() -> Iterator[str]:
     rng = Random(7)
     for answer, spellings in smalltalk.INTENTS.items():
         yield from (answer, *spellings, *(text.lower() for text in spellings))
-    yield from (*smalltalk.SYSTEM_PROMPTS, smalltalk.NO_PICTURE, "Please tell me: what", "system", "user", "assistant")
+    yield from (
+        *smalltalk.SYSTEM_PROMPTS,
+        smalltalk.NO_PICTURE,
+        "Please tell me: what",
+        "system",
+        "user",
+        "assistant",
+    )
     for _ in range(3000):
         scene = scenes.sample_scene(rng, fills=scenes.FILLS)
         asked = questions.ask(scene, rng)
         yield from (asked.question, asked.question.lower(), asked.answer)
         yield french.translate(asked)
-        yield json.dumps([{"shape": t.shape, "color": t.color, "position": scenes.CELLS[t.cell]} for t in asked.things])
+        yield json.dumps(
+            [{"shape": t.shape, "color": t.color, "position": scenes.CELLS[t.cell]} for t in asked.things]
+        )
         yield " ".join(f"The {t.shape} is {t.fill}. What pattern fill texture?" for t in asked.things)
 
 

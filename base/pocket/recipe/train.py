@@ -114,7 +114,6 @@ class Heads(nn.Module):
         row = F.cross_entropy(self.row(states), index // across)
         return row + F.cross_entropy(self.column(states), index % across)
 
-
     def meant(self, late: Tensor, example: Example) -> Tensor:
         """Loss of telling, from the states [B, L, H] before an answer, which one thing was asked about."""
         answers = example.batch.answers
@@ -134,7 +133,9 @@ def _naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class Trainer:
     """A model, its heads and its optimiser, somewhere along a schedule."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, schedule: Schedule) -> None:
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, schedule: Schedule
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.schedule = schedule
