@@ -61,7 +61,8 @@ class Executor:
             name = type(error).__name__
             logger.exception("step.failed request_id=%s error=%s", plan.chunks[0].sequence.request_id, name)
             self._observer.record(StepRetried(1, name))
-            return [Outcome(plan.chunks[0], error=StepFailed(f"this request made its step fail ({name})"))]
+            failure = StepFailed(f"this request made its step fail ({name})")
+            return [Outcome(plan.chunks[0], error=error if isinstance(error, EngineError) else failure)]
         half = len(plan.chunks) // 2
         parts = (plan.only(plan.chunks[:half]), plan.only(plan.chunks[half:]))
         return [outcome for part in parts for outcome in self.execute(part, clock)]

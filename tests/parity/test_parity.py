@@ -38,6 +38,7 @@ ASKS = (
     Ask("Is there a triangle?", "everything", (GREEN,)),
     Ask("Is there a triangle?", "dora_vision", (GREEN,)),
     Ask("Good night.", None),
+    Ask("Tell me of the sea, the sky and the birds in it. " * 40, "rank4"),
 )
 
 

@@ -77,13 +77,14 @@ class Rig:
     def ref(self, ask: Ask) -> AdapterRef:
         return BASE if ask.adapter is None else self.registry.resolve(ask.adapter)
 
-    def submit(self, ask: Ask, **params: object) -> Stream:
+    def request(self, ask: Ask, **params: object) -> GenerationRequest:
         settings = {"max_tokens": ask.num_tokens, "temperature": 0.0, "ignore_eos": True, **params}
         sampling = SamplingParams(**settings)  # type: ignore[arg-type]
         request_id = f"test-{next(_numbers)}"
-        return self.engine.submit(
-            GenerationRequest(request_id, self.prompt(ask), self.ref(ask), sampling, time.monotonic())
-        )
+        return GenerationRequest(request_id, self.prompt(ask), self.ref(ask), sampling, time.monotonic())
+
+    def submit(self, ask: Ask, **params: object) -> Stream:
+        return self.engine.submit(self.request(ask, **params))
 
     async def answer(self, ask: Ask, **params: object) -> Answer:
         return await gather(self.submit(ask, **params))
