@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,19 +92,18 @@ def _open_registry(folder: Path) -> Registry:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The app under uvicorn on a free port, in a thread; gives its URL."""
-    config = uvicorn.Config(
-        app, port=0, http="h11", ws="none", lifespan="off", log_config=None, access_log=False
-    )
+    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
-    listener = config.bind_socket()
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=10)
-        listener.close()
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as listener:  # listening already: nobody need wait for the thread
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=10)
 
 
 @contextmanager
