@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from base.pocket import CHECKPOINT
+from base.pocket.recipe.architecture import build_config
 from base.pocket.recipe.data import Example, Mixture, make_example
 from base.pocket.recipe.evaluate import load_in_4_bits
 from base.pocket.recipe.forward import run, see
@@ -22,6 +24,7 @@ from base.pocket.recipe.rows import IGNORED, TEXT, RowWriter, collate
 from base.pocket.recipe.scenes import draw, sample_scene
 from base.pocket.recipe.scoring import score
 from base.pocket.recipe.tokenizer import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
+from base.pocket.recipe.train import Schedule, Trainer
 
 MAX_BYTES = 16_000_000
 
@@ -153,3 +156,24 @@ def test_the_served_base_answers_and_needs_the_picture(tokenizer: Tokenizer) -> 
     assert score(served, tokenizer, 1, mixture=mixture).exact >= 0.9
     assert score(served, tokenizer, 1, "blank", mixture).exact_about_pictures <= 0.4
     assert score(served, tokenizer, 1, "swapped", mixture).exact_about_pictures <= 0.4
+
+
+def test_training_goes_on_from_where_it_was_saved(tmp_path: Path) -> None:
+    schedule = Schedule(vision_steps=1, joint_steps=3, pictures=2, branches=1)
+    whole, first, second = (_trainer(schedule) for _ in range(3))
+    for _ in range(3):
+        whole.advance()
+    first.advance()
+    first.advance()
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    second.advance()
+    pairs = zip(whole.parameters, second.parameters, strict=True)
+    assert second.step == 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def _trainer(schedule: Schedule) -> Trainer:
+    torch.manual_seed(3)
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    return Trainer(Qwen2_5_VLForConditionalGeneration(build_config(tokenizer)), tokenizer, schedule)

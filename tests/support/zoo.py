@@ -19,22 +19,22 @@ EVERYTHING = f"({LANGUAGE})|({VISION})|({MERGER})"
 
 def zoo() -> Mapping[str, LoraConfig]:
     return {
-        "rank4": LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE),
-        "rank16": LoraConfig(r=16, lora_alpha=16, target_modules=ATTENTION),
-        "rank64": LoraConfig(r=64, lora_alpha=16, target_modules=LANGUAGE),
-        "rslora": LoraConfig(r=16, lora_alpha=4, use_rslora=True, target_modules=LANGUAGE),
+        "rank4": LoraConfig(r=4, lora_alpha=24, target_modules=LANGUAGE),
+        "rank16": LoraConfig(r=16, lora_alpha=48, target_modules=ATTENTION),
+        "rank64": LoraConfig(r=64, lora_alpha=48, target_modules=LANGUAGE),
+        "rslora": LoraConfig(r=16, lora_alpha=12, use_rslora=True, target_modules=LANGUAGE),
         "patterns": LoraConfig(
             r=8,
-            lora_alpha=8,
+            lora_alpha=24,
             target_modules=LANGUAGE,
             rank_pattern={"q_proj": 3, "layers.1.mlp.down_proj": 20},
-            alpha_pattern={"v_proj": 24, "layers.0.self_attn.o_proj": 2},
+            alpha_pattern={"v_proj": 60, "layers.0.self_attn.o_proj": 6},
         ),
-        "dora": LoraConfig(r=8, lora_alpha=8, use_dora=True, target_modules=LANGUAGE),
-        "vision": LoraConfig(r=8, lora_alpha=8, target_modules=VISION),
-        "merger": LoraConfig(r=16, lora_alpha=16, target_modules=MERGER),
-        "everything": LoraConfig(r=8, lora_alpha=8, target_modules=EVERYTHING),
-        "dora_vision": LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=EVERYTHING),
+        "dora": LoraConfig(r=8, lora_alpha=24, use_dora=True, target_modules=LANGUAGE),
+        "vision": LoraConfig(r=8, lora_alpha=24, target_modules=VISION),
+        "merger": LoraConfig(r=16, lora_alpha=48, target_modules=MERGER),
+        "everything": LoraConfig(r=8, lora_alpha=24, target_modules=EVERYTHING),
+        "dora_vision": LoraConfig(r=4, lora_alpha=12, use_dora=True, target_modules=EVERYTHING),
     }
 
 

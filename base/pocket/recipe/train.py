@@ -16,6 +16,8 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -23,27 +25,20 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from base.pocket.recipe.architecture import build_config, save_processing
 from base.pocket.recipe.data import (
     HELD_OUT_SEED,
-    NUM_CELL_LABELS,
-    NUM_COLOR_LABELS,
-    NUM_SHAPE_LABELS,
     Example,
     Mixture,
     make_example,
-    subject,
-    training_turn,
 )
 from base.pocket.recipe.forward import run, see
-from base.pocket.recipe.pixels import MERGE
+from base.pocket.recipe.heads import Heads
 from base.pocket.recipe.quantise import served_weights
-from base.pocket.recipe.rows import TEXT
+from base.pocket.recipe.room import make_room, trained_tokens
 from base.pocket.recipe.scoring import score
 from base.pocket.recipe.tokenizer import save_tokenizer
 
-MAX_SIDE: Final = 8  # merged tokens along a side
 WARMUP_STEPS: Final = 100
 DECAY_SHARE: Final = 0.38  # of the joint steps, at the end
 SERVED_SHARE: Final = 0.12  # and of those in the served numbers
-NOTHING_WEIGHT: Final = 0.2  # most tokens lie on nothing
 SEED: Final = 1
 
 
@@ -89,47 +84,6 @@ class Schedule:
         return Mixture(num_pictures=self.pictures, num_branches=self.branches, max_things=max_things)
 
 
-class Heads(nn.Module):
-    """Training-only classifiers: what lies under a picture token, and where the token is in its picture."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.shape = nn.Linear(width, NUM_SHAPE_LABELS)
-        self.color = nn.Linear(width, NUM_COLOR_LABELS)
-        self.row = nn.Linear(width, MAX_SIDE)
-        self.column = nn.Linear(width, MAX_SIDE)
-        self.subject = nn.Linear(width, NUM_SHAPE_LABELS + NUM_COLOR_LABELS + NUM_CELL_LABELS)
-
-    def what(self, seen: Tensor, example: Example) -> Tensor:
-        """Loss of naming the shape and colour under each token of `seen` [P, M, H]."""
-        shape = _naming_loss(self.shape(seen), example.shapes)
-        color = _naming_loss(self.color(seen), example.colors)
-        return shape + color
-
-    def place(self, middle: Tensor, example: Example) -> Tensor:
-        """Loss of telling row and column from the language model's states [B, L, H] at picture tokens."""
-        picture = example.batch.picture
-        index, across = picture[picture != TEXT], example.batch.grid[1] // MERGE
-        states = middle[picture != TEXT]
-        row = F.cross_entropy(self.row(states), index // across)
-        return row + F.cross_entropy(self.column(states), index % across)
-
-    def meant(self, late: Tensor, example: Example) -> Tensor:
-        """Loss of telling, from the states [B, L, H] before an answer, which one thing was asked about."""
-        answers = example.batch.answers
-        starts = (answers >= 0) & (answers != answers.roll(1, dims=1))
-        subjects = torch.tensor([subject(asked) for asked in example.batch.asked])[answers[starts]]
-        parts = self.subject(late[starts]).split((NUM_SHAPE_LABELS, NUM_COLOR_LABELS, NUM_CELL_LABELS), dim=1)
-        losses = [F.cross_entropy(part, subjects[:, i], ignore_index=-100) for i, part in enumerate(parts)]
-        return torch.stack(losses).sum()
-
-
-def _naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    weight = torch.ones(logits.shape[-1])
-    weight[0] = NOTHING_WEIGHT
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight, ignore_index=-100)
-
-
 class Trainer:
     """A model, its heads and its optimiser, somewhere along a schedule."""
 
@@ -150,7 +104,7 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One optimiser step; the losses by name."""
         seed = SEED * 1_000_000 + self.step
-        example = make_example(self.tokenizer, self.schedule.mixture(self.step), seed, training_turn)
+        example = make_example(self.tokenizer, self.schedule.mixture(self.step), seed)
         if self.step >= self.schedule.served_start:
             with served_weights(self.model):
                 losses = self._losses(example)
@@ -182,17 +136,31 @@ class Trainer:
         torch.stack(list(losses.values())).sum().backward()
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on."""
-        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
-        torch.save({**state, "optimiser": self.optimiser.state_dict(), "step": self.step}, path)
+        """Write everything needed to go on, as safetensors."""
+        tensors = dict(self._parameters())
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
+        detached = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(detached, path, metadata={"step": str(self.step)})
 
+    @torch.no_grad()
     def load(self, path: Path) -> None:
         """Go on from `path`."""
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        for name, parameter in self._parameters():
+            parameter.copy_(tensors[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in (name for name in tensors if name.startswith("optimiser.")):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensors[name]
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        """Of the model and the heads, tied ones once."""
+        of_model = [(f"model.{name}", parameter) for name, parameter in self.model.named_parameters()]
+        return of_model + [(f"heads.{name}", parameter) for name, parameter in self.heads.named_parameters()]
 
 
 @torch.no_grad()
@@ -209,10 +177,12 @@ def vision_scores(trainer: Trainer) -> tuple[float, float]:
     return float(right[0] / total), float(right[1] / total)
 
 
-def export(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """Write the weights in bf16, leaving the model as it was."""
+def export(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the weights in bf16, with room for unused tokens, leaving the model as it was."""
     copy = Qwen2_5_VLForConditionalGeneration._from_config(model.config, dtype=torch.bfloat16)
     copy.load_state_dict({name: value.to(torch.bfloat16) for name, value in model.state_dict().items()})
+    with torch.no_grad():
+        copy.lm_head.weight.copy_(make_room(copy.lm_head.weight, trained_tokens(tokenizer)))
     copy.save_pretrained(folder)
 
 
@@ -238,7 +208,7 @@ def train(out: Path, schedule: Schedule, state: Path) -> None:
         if trainer.step % schedule.evaluate_every == 0:
             _report(trainer)
             trainer.save(state)
-    export(model, out)
+    export(model, tokenizer, out)
 
 
 def _report(trainer: Trainer) -> None:
@@ -257,7 +227,9 @@ def main() -> None:
     default = Schedule()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--state", type=Path, default=Path("pocket-state.pt"), help="where to stop and go on")
+    parser.add_argument(
+        "--state", type=Path, default=Path("pocket-state.safetensors"), help="where to stop and go on"
+    )
     parser.add_argument("--vision-steps", type=int, default=default.vision_steps)
     parser.add_argument("--joint-steps", type=int, default=default.joint_steps)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
