@@ -49,13 +49,6 @@ def picture_turn(picture: Picture, rng: Random) -> Asked:
     )
 
 
-def training_turn(picture: Picture, rng: Random) -> Asked:
-    """The same, with more of the kinds that take longest to learn."""
-    return typed(
-        chat(rng) if rng.random() < 0.03 else ask(picture.scene, rng, answerable(picture.scene)), rng
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
     """A batch, what lies under each merged token (for the training-only heads), and the pictures themselves."""

@@ -36,7 +36,7 @@ def main() -> None:
     """Draw all of them."""
     PICTURES.mkdir(exist_ok=True)
     for number, (name, scene) in enumerate(SHIPPED.items()):
-        draw(scene, Random(number)).image.save(PICTURES / f"{name}.png", optimize=True)
+        draw(scene, Random(100 + number)).image.save(PICTURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

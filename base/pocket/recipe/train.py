@@ -159,7 +159,9 @@ class Trainer:
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         """Of the model and the heads, tied ones once."""
-        of_model = [(f"model.{name}", parameter) for name, parameter in self.model.named_parameters()]
+        of_model: list[tuple[str, Tensor]] = [
+            (f"model.{name}", parameter) for name, parameter in self.model.named_parameters()
+        ]
         return of_model + [(f"heads.{name}", parameter) for name, parameter in self.heads.named_parameters()]
 
 
