@@ -2,6 +2,7 @@
 
 AdapterError
 ├── AdapterNotFound        no such name or version (carries near names)
+├── AdapterNotLoaded       it is registered, and only an explicit load brings it to the device
 ├── InvalidAdapterName     the name may not be given to an adapter
 ├── AdapterExists          the name is taken by other content
 ├── AdapterBusy            it is in use and the caller did not want to wait
@@ -48,6 +49,14 @@ class AdapterNotFound(AdapterError):
         self.near = near
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         super().__init__(f"no adapter named {name[:96]!r}{hint}")
+
+
+class AdapterNotLoaded(AdapterError):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"adapter {name!r} is registered but not loaded, and this server loads none on demand: load it first"
+        )
 
 
 class InvalidAdapterName(AdapterError):

@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, AdapterNotLoaded
 from adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import AdapterUnavailable, DeadlineExceeded, Draining, EngineDown, EngineError, StepFailed
 from engine.executor import Executor, Outcome, PhaseClock
 from engine.lifecycle import Lifecycle
 from engine.messages import Abort, Failed, Inbound, LoadAdapter, Outbound, Stop, Submit, UnloadAdapter, Wake
-from engine.observer import AdapterLookup, Observer, StepDone
+from engine.observer import AdapterLookup, ImageLookup, Observer, StepDone
 from engine.request import GenerationRequest
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -124,9 +124,7 @@ class Engine:
         if not sequence.adapter.is_base:
             self._observer.record(AdapterLookup(sequence.adapter, is_on_device))
         if not is_on_device and not self._config.load_on_demand:
-            cause = AdapterError(
-                "it is not loaded, and this server loads no adapter on demand: load it first"
-            )
+            cause = AdapterNotLoaded(sequence.adapter.name)
             self._fail(sequence, AdapterUnavailable(str(sequence.adapter), cause))
 
     def _settle_adapters(self) -> None:
@@ -146,7 +144,13 @@ class Engine:
         for chunk in plan.chunks:
             if chunk.sequence.started_s is None:
                 self._lifecycle.start(chunk.sequence, now)
+                self._note_images(chunk.sequence)
         return plan
+
+    def _note_images(self, sequence: Sequence) -> None:
+        for image in sequence.request.prompt.images:
+            was_cached = self._scheduler.has_embeddings(sequence.image_key(image))
+            self._observer.record(ImageLookup(was_cached))
 
     def _commit(self, outcomes: Seq[Outcome]) -> None:
         """Write what the step computed into its sequences."""

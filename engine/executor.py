@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.errors import EngineError, NumericalError, StepFailed
 from engine.messages import TokenLogprob
-from engine.observer import Observer, StepRetried
+from engine.observer import ImagesEncoded, Observer, StepRetried
 from engine.runner import Runner
 from engine.sampler import NumericalFailure, SampledToken, Sampler, score_prompt
 from engine.step import Chunk, StepPlan
@@ -69,6 +69,8 @@ class Executor:
 
     def _attempt(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
         step = self._runner.run(plan)
+        if step.num_images:
+            self._observer.record(ImagesEncoded(step.num_images, step.num_patches, step.encode_s))
         clock.encode_s += step.encode_s
         clock.forward_s += step.forward_s
         begin_s = time.monotonic()

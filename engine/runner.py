@@ -25,6 +25,9 @@ class StepLogits:
 
     logits: Tensor  # [L, V] float32
     counts: tuple[int, ...]
+    num_images: int
+    """Images that were encoded for it, and their patches."""
+    num_patches: int
     encode_s: float
     forward_s: float
 
@@ -48,13 +51,20 @@ class Runner:
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute the plan. If it raises, nothing but KV rows that the plan itself would rewrite has changed."""
         begin_s = time.monotonic()
-        self._encode(plan.image_jobs)
+        encoded = self._encode(plan.image_jobs)
         encoded_s = time.monotonic()
         batch = build_batch(plan, self._cache, self._base.device)
         self._routing.language.fill(batch.segments)
         hidden = self._base.forward(self._embed(batch), batch.positions, batch.attention)  # [T, H]
         logits = self._base.logits(hidden[batch.logit_rows])
-        return StepLogits(logits, batch.logit_counts, encoded_s - begin_s, time.monotonic() - encoded_s)
+        return StepLogits(
+            logits=logits,
+            counts=batch.logit_counts,
+            num_images=len(encoded),
+            num_patches=sum(job.image.pixels.shape[0] for job in encoded),
+            encode_s=encoded_s - begin_s,
+            forward_s=time.monotonic() - encoded_s,
+        )
 
     def _embed(self, batch: Batch) -> Tensor:
         """[T, H]: token embeddings, with image rows in the places of their placeholders."""
@@ -64,11 +74,11 @@ class Runner:
             embeds[span.row : span.row + span.num_tokens] = image[span.start : span.start + span.num_tokens]
         return embeds
 
-    def _encode(self, jobs: Iterable[ImageJob]) -> None:
-        """Encode in one call the images that the cache lacks, each with its own adapter's vision weights."""
-        jobs = [job for job in jobs if job.key not in self._vision_cache]
+    def _encode(self, wanted: Iterable[ImageJob]) -> list[ImageJob]:
+        """Encode in one call the images that the cache lacks, each with its own adapter's vision weights; those."""
+        jobs = [job for job in wanted if job.key not in self._vision_cache]
         if not jobs:
-            return
+            return []
         merge = self._base.spec.merge_size**2
         num_patches = [job.image.pixels.shape[0] for job in jobs]
         self._routing.vision.fill([(n, job.slot) for n, job in zip(num_patches, jobs, strict=True)])
@@ -77,3 +87,4 @@ class Runner:
         embeds = self._base.embed_images(pixels, [job.image.grid for job in jobs])
         for job, rows in zip(jobs, torch.split(embeds, [job.image.num_tokens for job in jobs]), strict=True):
             self._vision_cache.put(job.key, rows.clone())
+        return jobs

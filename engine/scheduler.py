@@ -11,7 +11,7 @@ from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.sequence import BASE_SLOT, Sequence, Status, WaitReason
 from engine.step import Chunk, ImageJob, StepPlan
-from engine.vision_cache import VisionCache
+from engine.vision_cache import ImageKey, VisionCache
 
 
 class StepBudget:
@@ -60,6 +60,9 @@ class Scheduler:
     @property
     def num_blocks_used(self) -> int:
         return self._pool.num_used
+
+    def has_embeddings(self, key: ImageKey) -> bool:
+        return key in self._vision_cache
 
     # ---- births and ends ---------------------------------------------------------------------------------------
 

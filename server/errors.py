@@ -25,9 +25,11 @@ from adapters.errors import (
     AdapterError,
     AdapterExists,
     AdapterNotFound,
+    AdapterNotLoaded,
     AdapterRejected,
     InsufficientMemory,
     InsufficientStorage,
+    InvalidAdapterName,
     SourceRejected,
 )
 from base.errors import BaseError, InvalidImage, PromptError
@@ -139,8 +141,10 @@ def _from_engine(exc: Exception) -> WireError | None:
 def _from_adapters(exc: Exception) -> WireError | None:
     text = without_host_paths(str(exc))
     match exc:
-        case AdapterNotFound():
+        case AdapterNotFound() | AdapterNotLoaded():
             return WireError(404, "model_not_found", text)
+        case InvalidAdapterName():
+            return WireError(400, "invalid_request", text, param="name")
         case AdapterExists():
             return WireError(409, "adapter_exists", text, headers=_NO_RETRY)
         case AdapterBusy():

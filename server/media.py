@@ -31,7 +31,8 @@ NUM_DECODERS = 2
 """Threads: decoding lets go of the interpreter; two pictures of 16.8 M pixels take some 300 MB while they decode."""
 LOW_MIN_PIXELS = 4 * 28 * 28
 LOW_MAX_PIXELS = 64 * 28 * 28
-"""``detail: low``: at most 64 tokens of 28 x 28 pixels, as OpenAI's low is a fixed small cost."""
+"""``detail: low``: at most 64 tokens of 28 x 28 pixels, as OpenAI's low is a fixed small cost; and never more than the
+base's own most, which may be less."""
 DETAILS = ("auto", "low", "high", "original")
 _BASE64 = re.compile(r"(?i);\s*base64\s*$")
 
@@ -137,7 +138,7 @@ class MediaLoader:
     def _pixel_range(self, detail: str) -> tuple[int | None, int | None]:
         """(min_pixels, max_pixels); None leaves the checkpoint's own."""
         if detail == "low":
-            return LOW_MIN_PIXELS, LOW_MAX_PIXELS
+            return LOW_MIN_PIXELS, min(LOW_MAX_PIXELS, self.limits.default_max_pixels)
         if detail == "original":
             return None, self.limits.original_max_pixels
         return None, None

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from adapters.errors import AdapterNotLoaded
 from base.pocket import CHECKPOINT
 from engine.config import EngineConfig
 from engine.errors import (
+    AdapterUnavailable,
     ContextTooLong,
     DeadlineExceeded,
     Draining,
@@ -23,12 +26,16 @@ from engine.errors import (
     QueueFull,
     StepFailed,
 )
+from engine.observer import ImageLookup, ImagesEncoded
 from engine.runner import Runner, StepLogits
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
 from engine.stream import Delta
+from tests.support.oracle import load_stock
+from tests.support.packages import peft_adapter
 from tests.support.scenes import scene
 from tests.support.serving import Answer, Ask, Rig, gather
+from tests.support.zoo import LANGUAGE
 
 ASKS = [Ask("Hello!"), Ask("Describe the picture.", None, (scene(),)), Ask("Who are you?"), Ask("Thanks!")]
 CULPRIT = 2
@@ -191,10 +198,11 @@ def test_a_fault_outside_any_request_ends_the_streams_and_the_engine_goes_on(
     rig: Rig, quiet: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Scheduler.plan
-    faults = iter([True])
+    faults = [True]
 
     def failing(self: Scheduler, now: float) -> StepPlan:
-        if self.running and next(faults, False):
+        if self.running and faults:
+            faults.pop()
             raise RuntimeError("planted")
         return plan(self, now)
 
@@ -205,6 +213,34 @@ def test_a_fault_outside_any_request_ends_the_streams_and_the_engine_goes_on(
     settle(rig)
     assert asyncio.run(rig.answer(ASKS[0])).token_ids == quiet[0].token_ids
     assert rig.engine.status().num_recoveries == 1
+
+
+def test_an_image_asked_about_twice_is_encoded_once_and_counted(rig: Rig) -> None:
+    picture = scene("green", "triangle", (130, 118))
+    rig.recorder.events.clear()
+    asyncio.run(
+        rig.alone([Ask("Describe the picture.", None, (picture,)), Ask("What is it?", None, (picture,))])
+    )
+    assert [e.was_cached for e in rig.recorder.events if isinstance(e, ImageLookup)] == [False, True]
+    encoded = [e for e in rig.recorder.events if isinstance(e, ImagesEncoded)]
+    assert [e.num_images for e in encoded] == [1]
+
+
+def test_without_on_demand_loading_a_request_for_an_unloaded_adapter_says_so(tmp_path: Path) -> None:
+    rig = Rig(str(CHECKPOINT), tmp_path / "state", EngineConfig(kv_bytes=4 << 20, load_on_demand=False))
+    rig.register({"away": peft_package(tmp_path / "away")})
+    with pytest.raises(AdapterUnavailable) as failure:
+        asyncio.run(rig.answer(Ask("Hello!", "away")))
+    assert isinstance(failure.value.cause, AdapterNotLoaded)
+    asyncio.run(rig.engine.load_adapter(rig.registry.resolve("away")))
+    assert asyncio.run(rig.answer(Ask("Hello!", "away"))).token_ids
+    rig.close()
+
+
+def peft_package(folder: Path) -> Path:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE)
+    peft_adapter(load_stock(CHECKPOINT, quantized=False), config, folder)
+    return folder
 
 
 def test_after_draining_has_begun_nothing_new_is_taken_and_what_runs_is_finished(

@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,12 @@ def test_detail_sets_the_pixel_range(loader: MediaLoader) -> None:
     assert ranges["original"] == (None, 500_000)
     with pytest.raises(WireError, match="detail is one of"):
         load(loader, url, "medium")
+
+
+def test_low_detail_is_never_more_than_a_small_bases_own_most(loader: MediaLoader) -> None:
+    small = MediaLoader(replace(loader.limits, default_max_pixels=17_000), loader._fetcher)
+    assert load(small, data_url(RED_PNG), "low").max_pixels == 17_000
+    small.close()
 
 
 def test_a_request_has_one_budget_for_all_its_images() -> None:
