@@ -85,7 +85,7 @@ def _num_blocks(base: BaseModel, config: EngineConfig) -> int:
     if num_blocks < 1:
         need = kv_bytes_per_token(base.spec, base.dtype) * config.block_size
         raise ValueError(
-            f"kv_bytes is {config.kv_bytes}; one block of this base needs {need}: raise kv_bytes"
+            f"kv_memory is {config.kv_bytes} bytes; one block of this base takes {need}: raise kv_memory"
         )
     return num_blocks
 

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
                                "registered at start; none is the bundled samples.")
     state_dir: Path | None = _set(None, "folder", "Registry and copied packages; none is a folder of the base's "
                                   "name in the user's data directory.")
-    num_slots: Count = _set(8, "adapters", "How many are on the device at once; each slot costs max_rank's memory.")
+    num_slots: Count = _set(8, "adapters", "How many are on the device at once; a rank in use takes memory for all of them.")
     max_rank: Annotated[int, Field(ge=1, le=1024)] = _set(64, "rank", "Most published adapters are at or below it.")
     max_adapter_size: ByteSize = _set(2048 * MIB, "bytes", "A package over it is refused before it is read.")
     host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")
@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
     max_model_len: Count | None = _set(None, "tokens", "Prompt plus output; none is what base and cache allow.")
     max_batch_tokens: Count = _set(512, "tokens", "Of one step: the longest a prefill may delay the next token.")
+    prefill_chunk: Count = _set(256, "tokens", "Prompts are computed in pieces of it: larger is faster, smaller delays "
+                                "others less; never cut by neighbours, so answers are not either.")
     max_running: Count = _set(64, "requests", "That decode at once.")
     max_waiting: Count = _set(256, "requests", "In the queue; the next is 429.")
     max_waiting_tokens: Count = _set(262_144, "prompt tokens", "In the queue; the next is 429.")
@@ -212,6 +214,7 @@ class Settings(BaseSettings):
             kv_bytes=int(self.kv_memory),
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
+            prefill_chunk=self.prefill_chunk,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,

@@ -123,6 +123,7 @@ def test_the_lower_configs_take_every_value() -> None:
         kv_memory=ByteSize(1 << 20),
         max_rank=8,
         load_on_demand=False,
+        prefill_chunk=32,
         dtype="float32",
     )
     base, engine = settings.base_config(), settings.engine_config()
@@ -133,6 +134,7 @@ def test_the_lower_configs_take_every_value() -> None:
         8,
         False,
     )
+    assert engine.prefill_chunk == 32
 
 
 def test_defaults_agree_with_the_lower_rooms() -> None:
