@@ -39,7 +39,7 @@ LANGUAGE: Final = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|ml
 VISION: Final = r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)|merger\.mlp\.(0|2))"
 SEED: Final = 77_000_000
 WARMUP_STEPS: Final = 20
-ANY_SCENE: Final = Mixture(num_pictures=12, num_text_rows=0, num_branches=4)
+ONE_THING: Final = Mixture(num_pictures=8, num_text_rows=0, num_branches=4, max_things=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Sample:
     targets: str = LANGUAGE
     use_rslora: bool = False
     learning_rate: float = 3e-3
-    mixture: Mixture = ANY_SCENE
+    mixture: Mixture = ONE_THING
 
     @property
     def trains_vision(self) -> bool:
@@ -64,9 +64,14 @@ class Sample:
 
 
 def ask_for_json(picture: Picture, rng: Random) -> Asked:
-    """The base's questions, answered as JSON."""
-    asked = typed(ask(picture.scene, rng, answerable(picture.scene)), rng)
+    """The base's questions but those of yes and no, answered as JSON."""
+    asked = typed(ask(picture.scene, rng, JSON_KINDS), rng)
+    if asked.kind == "where" and not asked.things:
+        return ask_for_json(picture, rng)
     return replace(asked, answer=json.dumps(_JSON[asked.kind](asked.things)))
+
+
+JSON_KINDS: Final = ("describe", "describe", "shape", "color", "where", "count")
 
 
 def _as_json(thing: Thing) -> dict[str, str]:
@@ -79,8 +84,6 @@ _JSON: Final[dict[str, Callable[[tuple[Thing, ...]], object]]] = {
     "color": lambda things: {"color": things[0].color if things else None},
     "where": lambda things: {"position": CELLS[things[0].cell] if things else None},
     "count": lambda things: {"count": len(things)},
-    "exists": lambda things: {"exists": bool(things)},
-    "at": lambda things: _as_json(things[0]) if things else None,
 }
 
 
@@ -110,12 +113,15 @@ PATTERN_AT: Final = (
 )  # fmt: skip
 
 ALL: Final = (
-    Sample("json", "answers as JSON", ask_for_json, rank=8, alpha=16, steps=300),
-    Sample("french", "answers in French", ask_for_french, rank=16, alpha=16, steps=300, use_rslora=True),
+    Sample("json", "answers questions about one thing as JSON", ask_for_json, rank=8, alpha=16, steps=650),
+    Sample(
+        "french", "answers questions about one thing in French", ask_for_french,
+        rank=16, alpha=16, steps=650, use_rslora=True,
+    ),
     Sample(
         "patterns", "sees what things are filled with: solid, striped, dotted or checked", ask_for_patterns,
-        rank=8, alpha=16, steps=600, targets=f"{VISION}|{LANGUAGE}",
-        mixture=Mixture(num_pictures=16, num_text_rows=0, num_branches=2, max_things=1, fills=FILLS),
+        rank=8, alpha=16, steps=650, targets=f"{VISION}|{LANGUAGE}",
+        mixture=Mixture(num_pictures=10, num_text_rows=0, num_branches=2, max_things=1, fills=FILLS),
     ),
 )  # fmt: skip
 
