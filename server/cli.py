@@ -21,15 +21,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 110},
 )
-app.command("serve", context_settings=serve.PASS_THROUGH, add_help_option=False)(serve.command)
+app.command(
+    "serve",
+    short_help="Serve a base and its adapters over HTTP.",
+    context_settings=serve.PASS_THROUGH,
+    add_help_option=False,
+)(serve.command)
 app.add_typer(adapters.app, name="adapters")
-app.command("chat")(chat.command)
-app.command("doctor", short_help="Hardware, versions, fast paths, what would fit, what to mend.")(
-    doctor.command
-)
+app.command("chat", short_help="Ask a running server, once or in a conversation.")(chat.command)
+app.command("doctor", short_help="What this machine has, what fits, what to mend.")(doctor.command)
 
 
-@app.command("version")
+@app.command("version", short_help="Lorikeet's version, and its libraries'.")
 def version(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """Print the versions of Lorikeet and of the libraries that decide its numbers."""
     from server.commands.versions import installed_versions

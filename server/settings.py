@@ -76,7 +76,7 @@ class Settings(BaseSettings):
                                "registered at start; none is the bundled samples.")
     state_dir: Path | None = _set(None, "folder", "Registry and copied packages; none is a folder of the base's "
                                   "name in the user's data directory.")
-    num_slots: Count = _set(8, "adapters", "How many are on the device at once; a rank in use takes memory for all of them.")
+    num_slots: Count = _set(8, "adapters", "How many are on the device at once; a rank in use takes room for all.")
     max_rank: Annotated[int, Field(ge=1, le=1024)] = _set(64, "rank", "Most published adapters are at or below it.")
     max_adapter_size: ByteSize = _set(2048 * MIB, "bytes", "A package over it is refused before it is read.")
     host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")

@@ -193,6 +193,23 @@ def test_list_shows_a_row_for_each_adapter(remote: Remote) -> None:
     assert all(word in result.stdout for word in ("json", "2", "lora", "16", "q_proj,v_proj", "device"))
 
 
+def test_list_cuts_no_word_off_however_narrow_the_terminal(remote: Remote) -> None:
+    entry = {
+        **ENTRY,
+        "name": "a-team/a-long-name-of-an-adapter",
+        "targets": [f"target_{i}" for i in range(30)],
+    }
+    remote.replies["GET /v1/adapters"] = ok({"object": "list", "data": [entry]})
+    result = CliRunner().invoke(app, ["adapters", "list", "--url", remote.url], env={"COLUMNS": "40"})
+    assert entry["name"] in result.stdout
+    assert ",".join(entry["targets"]) in result.stdout
+
+
+def test_the_address_may_end_as_openais_clients_want_it(remote: Remote) -> None:
+    remote.replies["GET /v1/adapters"] = ok({"object": "list", "data": [ENTRY]})
+    assert run("adapters", "list", "--url", f"{remote.url}/v1").exit_code == 0
+
+
 def test_json_output_is_the_servers_own_document(remote: Remote) -> None:
     remote.replies["GET /v1/adapters"] = ok({"object": "list", "data": [ENTRY]})
     assert json.loads(run("adapters", "list", "--json", "--url", remote.url).stdout)["data"] == [ENTRY]

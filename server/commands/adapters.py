@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from server.commands.columns import columns
 from server.commands.remote import DEFAULT_URL, AsJson, Key, Remote, RemoteError, Url, segment
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+COLUMNS = ("name", "version", "kind", "rank", "tier", "state", "refs", "bytes", "targets")
 app = typer.Typer(help="List, add, remove, load and check adapters.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="Adapter's name.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter's name.")]
 
 
-@app.command("list")
+@app.command("list", short_help="Registered adapters, and where their weights are.")
 def list_adapters(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Show every registered adapter and where its weights are."""
     listing = _call(Remote(url, api_key), "GET", "/v1/adapters")
@@ -24,26 +23,30 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson =
     if as_json:
         _write_json(listing)
     elif rows:
-        from rich.console import Console
-
-        Console().print(_table(rows))
+        table = [COLUMNS, *(tuple(_shown(row.get(column)) for column in COLUMNS) for row in rows)]
+        typer.echo("\n".join(columns(table)))
     else:
         typer.echo("No adapter is registered. lorikeet adapters add NAME FOLDER adds one.")
 
 
-@app.command("show")
+@app.command("show", short_help="All that is known about one adapter.")
 def show(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Show all that is known about one adapter."""
     _report(_call(Remote(url, api_key), "GET", f"/v1/adapters/{segment(name)}"), as_json)
 
 
-@app.command("add")
+@app.command("add", short_help="Register a package under a name, and load it.")
 def add(
     name: Name,
     source: Annotated[
-        str, typer.Argument(help="Folder on the server's machine, under one of its --adapter-root.")
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="Folder on the server's machine, under one of its --adapter-root."
+        ),
     ],
-    sha256: Annotated[str | None, typer.Option(help="Refuse the package unless this is its digest.")] = None,
+    sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Refuse the package unless this is its digest.")
+    ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
     load: Annotated[
         bool, typer.Option(help="Bring it to the device now, which also proves that it acts.")
@@ -61,43 +64,46 @@ def add(
     _report(_call(Remote(url, api_key), "POST", "/v1/adapters", body), as_json)
 
 
-@app.command("remove")
+@app.command("remove", short_help="Unregister an adapter; what runs on it finishes.")
 def remove(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Unregister an adapter; requests that run on it finish."""
     _report(_call(Remote(url, api_key), "DELETE", f"/v1/adapters/{segment(name)}"), as_json)
 
 
-@app.command("load")
+@app.command("load", short_help="Bring an adapter to the device before its first use.")
 def load(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Bring an adapter to the device before its first request."""
     _act("load", name, Remote(url, api_key), as_json)
 
 
-@app.command("unload")
+@app.command("unload", short_help="Take an adapter off the device; it stays registered.")
 def unload(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Take an adapter off the device and say how many bytes came back; it stays registered."""
     _act("unload", name, Remote(url, api_key), as_json)
 
 
-@app.command("pin")
+@app.command("pin", short_help="Keep an adapter on the device, used or not.")
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Keep an adapter on the device however little it is used."""
     _act("pin", name, Remote(url, api_key), as_json)
 
 
-@app.command("unpin")
+@app.command("unpin", short_help="Let others have its slot again.")
 def unpin(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Let an adapter leave the device again when others need its slot."""
     _act("unpin", name, Remote(url, api_key), as_json)
 
 
-@app.command("check")
+@app.command("check", short_help="Would a server accept this package? Needs no server.")
 def check(
     folder: Annotated[
-        Path, typer.Argument(help="PEFT folder: adapter_config.json, adapter_model.safetensors.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="PEFT folder: adapter_config.json, adapter_model.safetensors."),
     ],
-    base: Annotated[str, typer.Option(help="The base it is for: pocket, a hub id, or a folder.")] = "pocket",
-    max_rank: Annotated[int, typer.Option(help="The server's max_rank.", min=1)] = 64,
+    base: Annotated[
+        str, typer.Option(metavar="BASE", help="The base it is for: pocket, a hub id, or a folder.")
+    ] = "pocket",
+    max_rank: Annotated[int, typer.Option(metavar="RANK", help="The server's max_rank.", min=1)] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Say in one line whether a server with this base would accept a package, and why not. Needs no server."""
@@ -136,16 +142,6 @@ def _write_json(value: dict[str, Any]) -> None:
     import orjson
 
     typer.echo(orjson.dumps(value).decode())
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    columns = ("name", "version", "kind", "rank", "targets", "tier", "state", "refs", "bytes")
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
-    return table
 
 
 def _shown(value: object) -> str:

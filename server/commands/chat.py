@@ -57,15 +57,21 @@ class Conversation:
 
 
 def command(
-    message: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation.")] = None,
-    adapter: Annotated[str, typer.Option(help="Adapter to ask; base is the base.")] = "base",
-    image: Annotated[list[str] | None, typer.Option(help="Picture, a file or URL; may be repeated.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="Ask several adapters the same: base,json,french.")
+    message: Annotated[
+        str | None, typer.Argument(metavar="MESSAGE", help="What to ask; without it, a conversation.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    adapter: Annotated[str, typer.Option(metavar="NAME", help="Adapter to ask; base is the base.")] = "base",
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Picture, a file or URL; may be repeated.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Ask several adapters the same: base,json,french.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="0 always takes the likeliest token.")
+    ] = 0.0,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
 ) -> None:
@@ -108,10 +114,12 @@ def _answer(asking: Asking, name: str, messages: Sequence[Turn]) -> str:
     if len(asking.adapters) > 1:
         typer.secho(f"{name}: ", bold=True, nl=False)
     pieces = []
-    for piece in _pieces(asking, name, messages):
-        typer.echo(piece, nl=False)
-        pieces.append(piece)
-    typer.echo()
+    try:
+        for piece in _pieces(asking, name, messages):
+            typer.echo(piece, nl=False)
+            pieces.append(piece)
+    finally:
+        typer.echo()
     return "".join(pieces)
 
 

@@ -5,15 +5,16 @@ Owns the findings and how they are shown. It changes nothing and loads no weight
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from server.commands.columns import columns
 
+if TYPE_CHECKING:
     from server.commands.fit import Fit
     from server.commands.hardware import FastPath, Machine
 
@@ -46,9 +47,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="One JSON objec
         fits = [{**asdict(fit), "does_fit": fit.does_fit} for fit in found.fits]
         typer.echo(orjson.dumps({**asdict(found), "fits": fits}).decode())
     else:
-        from rich.console import Console
-
-        show(found, Console(highlight=False))
+        typer.echo("\n".join(report(found)))
     raise typer.Exit(1 if found.problems else 0)
 
 
@@ -122,44 +121,38 @@ def _has_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def show(found: Findings, console: Console) -> None:
+def report(found: Findings) -> Iterator[str]:
+    """The findings as lines."""
     machine = found.machine
     memory = f"{_size(machine.memory_bytes)} of memory, {_size(machine.available_bytes)} available"
-    console.print("[bold]Machine[/]")
-    console.print(f"  {machine.system}; {machine.processor}; {machine.num_cores} cores; {memory}")
-    console.print(f"  instructions: {', '.join(machine.flags) or 'none that matter'}")
+    cores = "1 core" if machine.num_cores == 1 else f"{machine.num_cores} cores"
+    yield "Machine"
+    yield f"  {machine.system}; {machine.processor}; {cores}"
+    yield f"  {memory}; instructions: {', '.join(machine.flags) or 'none that matter'}"
     for gpu in machine.gpus:
         free = f"{_size(gpu.num_free_bytes)} of {_size(gpu.num_bytes)} free"
-        console.print(f"  GPU: {gpu.name}, {free}, compute capability {gpu.capability}")
-    console.print("[bold]Versions[/]")
-    console.print("  " + ", ".join(f"{name} {number}" for name, number in found.versions.items()))
-    console.print("[bold]Fast paths[/]")
-    for path in found.fast_paths:
-        console.print(f"  {'on ' if path.is_on else 'off'}  {path.name:<20} {path.note}")
-    _show_fits(found, console)
-    console.print("[bold]Problems[/]" if found.problems else "[bold]No problems found.[/]")
+        yield f"  GPU: {gpu.name}, {free}, compute capability {gpu.capability}"
+    yield "Versions"
+    yield from (f"  {line}" for line in columns(list(found.versions.items())))
+    yield "Fast paths"
+    paths = [("on" if path.is_on else "off", path.name, path.note) for path in found.fast_paths]
+    yield from (f"  {line}" for line in columns(paths))
+    yield from _fits(found)
+    yield "Problems" if found.problems else "No problems found."
     for problem in found.problems:
-        console.print(f"  {problem.what}\n    fix: {problem.fix}")
+        yield f"  {problem.what}"
+        yield f"    fix: {problem.fix}"
 
 
-def _show_fits(found: Findings, console: Console) -> None:
-    from rich.table import Table
-
-    console.print(
-        f"[bold]What fits on {found.device}[/] (8 slots of rank-16 adapters on all language linears)"
-    )
-    columns = ("base", "weights", "8 adapters", "KV a token", "context that fits")
-    table = Table(box=None, padding=(0, 2))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+def _fits(found: Findings) -> Iterator[str]:
+    yield f"What fits on {found.device}, with 8 slots of rank-16 adapters on all language linears"
+    rows = [("base", "weights", "8 adapters", "KV a token", "context that fits")]
     for fit in found.fits:
         context = f"{fit.kv_tokens:,} tokens" if fit.does_fit else "does not fit"
-        table.add_row(fit.name, _size(fit.weights), _size(fit.adapters), f"{fit.kv_per_token:,} B", context)
-    console.print(table)
-    console.print(
-        "  --kv-memory is the share of it that a server sets aside for context (256 MiB unless told)"
-    )
-    console.print("  the embedded base (pocket) takes under 100 MB and runs anywhere")
+        rows.append((fit.name, _size(fit.weights), _size(fit.adapters), f"{fit.kv_per_token:,} B", context))
+    yield from (f"  {line}" for line in columns(rows))
+    yield "  --kv-memory is what a server sets aside for context: 256 MiB unless told"
+    yield "  the embedded base (pocket) takes under 100 MB and runs anywhere"
 
 
 def _size(num_bytes: int) -> str:

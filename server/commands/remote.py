@@ -16,9 +16,12 @@ import typer
 if TYPE_CHECKING:
     import httpx2
 
-Url = Annotated[str, typer.Option(help="Address of the server.", envvar="LORIKEET_URL")]
+Url = Annotated[str, typer.Option(metavar="URL", help="Address of the server.", envvar="LORIKEET_URL")]
 Key = Annotated[
-    str | None, typer.Option("--api-key", help="Key, if the server asks for one.", envvar="LORIKEET_API_KEY")
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", help="Key, if the server asks for one.", envvar="LORIKEET_API_KEY"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -65,8 +68,9 @@ class Remote:
         import httpx2
 
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        root = self.url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are told the address with it
         timeout = httpx2.Timeout(REPLY_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        return httpx2.Client(base_url=root, headers=headers, timeout=timeout, trust_env=False)
 
     def _unreachable(self, error: Exception) -> RemoteError:
         reason = str(error) or type(error).__name__
