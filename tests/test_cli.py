@@ -194,15 +194,12 @@ def test_list_shows_a_row_for_each_adapter(remote: Remote) -> None:
 
 
 def test_list_cuts_no_word_off_however_narrow_the_terminal(remote: Remote) -> None:
-    entry = {
-        **ENTRY,
-        "name": "a-team/a-long-name-of-an-adapter",
-        "targets": [f"target_{i}" for i in range(30)],
-    }
+    name, targets = "a-team/a-long-name-of-an-adapter", [f"target_{i}" for i in range(30)]
+    entry = {**ENTRY, "name": name, "targets": targets}
     remote.replies["GET /v1/adapters"] = ok({"object": "list", "data": [entry]})
     result = CliRunner().invoke(app, ["adapters", "list", "--url", remote.url], env={"COLUMNS": "40"})
-    assert entry["name"] in result.stdout
-    assert ",".join(entry["targets"]) in result.stdout
+    assert name in result.stdout
+    assert ",".join(targets) in result.stdout
 
 
 def test_the_address_may_end_as_openais_clients_want_it(remote: Remote) -> None:
