@@ -89,9 +89,6 @@ class Stream:
             self._on_close(self.request_id, "abort")
         self._news.set()
 
-    async def aclose(self) -> None:
-        self.abort()
-
     def push(self, messages: Seq[Outbound]) -> None:
         """On the event loop: turn the engine's messages into readable items."""
         for message in messages:

@@ -48,7 +48,7 @@ class Lifecycle:
         params = request.sampling
         grammar = self._grammars.compile(params.grammar).start() if params.grammar is not None else None
         sampler = SamplerState(params, request.prompt.ids, self._eos_token_ids, self._vocab_size, grammar)
-        return Sequence(request, sampler, born_s=time.monotonic())
+        return Sequence(request, sampler)
 
     def is_on_device(self, sequence: Sequence) -> bool:
         return sequence.adapter.is_base or self._residency.slot_of(sequence.adapter) is not None

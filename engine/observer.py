@@ -16,7 +16,7 @@ EndReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One step ran. Phases (seconds): receive, plan, encode, forward, sample, commit."""
+    """One step ran. Phases (seconds): plan, encode, forward, sample, commit; plan counts from taking in the inbox."""
 
     seconds: Mapping[str, float]
     num_decode_rows: int

@@ -84,7 +84,7 @@ class Probe:
         params = SamplingParams(max_tokens=0, temperature=0.0)
         request = GenerationRequest(f"probe-{ref}", prompt, ref, params, arrival_s=0.0, prompt_logprobs=0)
         sampler = SamplerState(params, prompt.ids, (), self._base.spec.vocab_size)
-        sequence = Sequence(request, sampler, born_s=0.0, slot=slot, blocks=blocks)
+        sequence = Sequence(request, sampler, slot=slot, blocks=blocks)
         return Chunk(sequence, 0, len(prompt.ids))
 
 

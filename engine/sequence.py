@@ -25,7 +25,7 @@ class Status(StrEnum):
 
 
 class WaitReason(StrEnum):
-    """Why a waiting sequence waits; shown in status and logs."""
+    """Why a waiting sequence waits."""
 
     QUEUE = "queue"
     ADAPTER = "adapter"
@@ -38,7 +38,6 @@ class Sequence:
 
     request: GenerationRequest
     sampler: SamplerState
-    born_s: float
     status: Status = Status.WAITING
     wait_reason: WaitReason = WaitReason.QUEUE
     slot: int = BASE_SLOT

@@ -74,6 +74,3 @@ class StepPlan:
         """The part of the plan that serves ``chunks``: for retrying after a step that threw."""
         keys = {c.sequence.image_key(image) for c in chunks for image in c.images()}
         return StepPlan(tuple(chunks), tuple(job for job in self.image_jobs if job.key in keys))
-
-
-EMPTY_PLAN = StepPlan((), ())

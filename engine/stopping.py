@@ -9,8 +9,6 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class StopMatch:
     stop: str
-    num_unseen: int
-    """Characters of the fed text behind the match."""
 
 
 class StopMatcher:
@@ -49,9 +47,8 @@ class StopMatcher:
             return None
         end, start, stop = min(ends)
         shown = self._held[: end if self._is_included else start]
-        match = StopMatch(stop, len(self._held) - end)
         self._held = ""
-        return shown, match
+        return shown, StopMatch(stop)
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins ``stop``."""

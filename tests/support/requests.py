@@ -49,4 +49,4 @@ def make_sequence(
     **params: object,
 ) -> Sequence:
     request = make_request(request_id, num_tokens, adapter, images, arrival_s, **params)
-    return Sequence(request, SamplerState(request.sampling, request.prompt.ids, (), VOCAB_SIZE), born_s=0.0)
+    return Sequence(request, SamplerState(request.sampling, request.prompt.ids, (), VOCAB_SIZE))
