@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from base.errors import InvalidImage
 from base.prompt import Grid, ImagePart
@@ -63,6 +63,16 @@ class ImagePreparer:
             digest=_digest((t, h, w), pixels),
             num_tokens=t * h * w // self.merge_size**2,
         )
+
+    def resized(
+        self, width: int, height: int, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[int, int]:
+        """Width and height that ``prepare`` would resize such a picture to; the limits as in ImagePart."""
+        _check_size(width, height)
+        most = max_pixels or self.max_pixels
+        least = min(min_pixels or self.min_pixels, most)
+        tall, wide = smart_resize(height, width, self.factor, least, most)
+        return int(wide), int(tall)
 
     def _limits(self, part: ImagePart) -> dict[str, int]:
         longest = part.max_pixels or self.max_pixels

@@ -27,7 +27,7 @@ from base.linear import four_bit_names, settle_cpu_linears
 from base.memory import memory_by_part
 from base.model import BaseModel, BaseSpec
 from base.processing import load_processor
-from base.processor import PatchSizes, TokenIds
+from base.processor import PatchSizes, Processor, TokenIds
 from base.quantization import QuantizationPlan, plan_quantization
 
 logger = logging.getLogger("lorikeet.base")
@@ -42,13 +42,22 @@ def load_base(config: BaseConfig) -> BaseModel:
         return _load(config)
 
 
+def open_processor(config: BaseConfig) -> Processor:
+    """The base's processor without its weights: what checks data before a model is loaded. Raises as ``load_base``."""
+    return _processor(open_checkpoint(config), config)
+
+
+def _processor(checkpoint: Checkpoint, config: BaseConfig) -> Processor:
+    patches = PatchSizes(checkpoint.patch_size, checkpoint.vision.spatial_merge_size)
+    return load_processor(checkpoint.folder, _token_ids(checkpoint), patches, config)
+
+
 def _load(config: BaseConfig) -> BaseModel:
     started = time.monotonic()
     checkpoint = open_checkpoint(config)
     device = _device(config)
     ids = _token_ids(checkpoint)
-    patches = PatchSizes(checkpoint.patch_size, checkpoint.vision.spatial_merge_size)
-    processor = load_processor(checkpoint.folder, ids, patches, config)
+    processor = _processor(checkpoint, config)
     plan = plan_quantization(checkpoint, config)
     module = _load_module(checkpoint, config, plan, device)
     _check_four_bit(module, plan, config.source)

@@ -125,6 +125,26 @@ class Processor:
         )
         return text
 
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """The prompt's ids while each image is still one token; ``assemble`` widens them. Raises PromptError."""
+        _, ids = self._template.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        num_images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+        if ids.count(self._ids.image) != num_images:
+            raise InvalidImageCount(ids.count(self._ids.image), num_images)
+        return ids
+
     def prepare_chat(
         self,
         messages: Sequence[Message],
@@ -137,20 +157,18 @@ class Processor:
 
         Takes tens of milliseconds with images: call it on a worker thread. Raises PromptError.
         """
-        _, ids = self._template.render(
+        ids = self.chat_ids(
             messages,
-            tools,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
         parts = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
-        if ids.count(self._ids.image) != len(parts):
-            raise InvalidImageCount(ids.count(self._ids.image), len(parts))
-        return self._assemble(ids, [self.images.prepare(part) for part in parts])
+        return self.assemble(ids, [self.images.prepare(part) for part in parts])
 
     def prepare_text(self, text: str) -> PromptInputs:
         """Plain text, no template. Raises PromptError when it is empty."""
-        return self._assemble(self.encode(text), [])
+        return self.assemble(self.encode(text), [])
 
     def prepare_ids(self, ids: Sequence[int]) -> PromptInputs:
         """Ids as they are. Raises InvalidToken for one out of range, or that stands for an image."""
@@ -163,10 +181,10 @@ class Processor:
                 raise InvalidToken(
                     f"token id {token_id} stands for an image or a video: send images as content parts of a chat"
                 )
-        return self._assemble(list(ids), [])
+        return self.assemble(list(ids), [])
 
-    def _assemble(self, ids: Sequence[int], prepared: Sequence[PreparedImage]) -> PromptInputs:
-        """Widen each image token to its image's tokens and number the positions."""
+    def assemble(self, ids: Sequence[int], prepared: Sequence[PreparedImage]) -> PromptInputs:
+        """Widen each image token of ``chat_ids`` to its image's tokens and number the positions."""
         if not ids:
             raise PromptError("the prompt has no tokens: give at least one")
         wide: list[int] = []

@@ -82,10 +82,17 @@ def _without_added_tokens(serialized: str) -> str:
 
 
 def _added_token_pattern(added: Sequence[dict[str, object]]) -> re.Pattern[str]:
-    """One group for each added token, with what its flags let it take along; never matches when there are none."""
-    return re.compile(
-        "|".join(f"({_flagged(re.escape(str(token['content'])), token)})" for token in added) or "(?!)"
-    )
+    """One group for each added token, with what its flags let it take along; never matches when there are none.
+
+    Where all begin alike and none takes white space along, a look at one character passes over ordinary text.
+    """
+    any_of = "|".join(f"({_flagged(re.escape(str(token['content'])), token)})" for token in added)
+    if not any_of:
+        return re.compile("(?!)")
+    first = {str(token["content"])[0] for token in added}
+    if len(first) > 1 or any(token.get("lstrip") for token in added):
+        return re.compile(any_of)
+    return re.compile(f"(?={re.escape(first.pop())})(?:{any_of})")
 
 
 def _flagged(escaped: str, flags: dict[str, object]) -> str:

@@ -27,6 +27,16 @@ def test_patches_equal_stock_transformers(tiny_folder: Path, width: int, height:
     assert prepared.num_tokens == prepared.grid[1] * prepared.grid[2] // 4
 
 
+@pytest.mark.parametrize("width, height", SIZES)
+@pytest.mark.parametrize("limits", [(None, None), (None, 28 * 28), (9 * 28 * 28, None)])
+def test_a_size_is_known_before_the_picture_is_prepared(
+    tiny_folder: Path, width: int, height: int, limits: tuple[int | None, int | None]
+) -> None:
+    preparer = ImagePreparer(tiny_folder)
+    grid = preparer.prepare(ImagePart(picture(1, width, height), *limits)).grid
+    assert preparer.resized(width, height, *limits) == (grid[2] * 14, grid[1] * 14)
+
+
 def test_limits_come_from_the_checkpoint_the_server_and_the_image_in_turn(tiny_folder: Path) -> None:
     large = picture(1, 1000, 1000)
     preparer = ImagePreparer(tiny_folder)

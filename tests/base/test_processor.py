@@ -12,7 +12,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from base.chat import ChatTemplate
+from base.config import BaseConfig
 from base.errors import InvalidImageCount, InvalidMessage, InvalidToken, PromptError
+from base.loader import open_processor
 from base.model import BaseModel
 from base.processor import ImagePart, Message, Processor, TextPart, ToolCall
 from base.tokens import Tokens
@@ -390,3 +392,16 @@ def test_many_threads_prepare_the_same_prompts_as_one(processor: Processor) -> N
     for one, other in zip(expected, found, strict=True):
         assert one.ids == other.ids
         assert [image.digest for image in one.images] == [image.digest for image in other.images]
+
+
+def test_narrow_ids_widen_to_the_prompt(processor: Processor) -> None:
+    chat = [Message("user", (PICTURE, TextPart("and"), OTHER))]
+    narrow = processor.chat_ids(chat)
+    assert narrow.count(processor.image_token_id) == 2
+    prepared = [processor.images.prepare(part) for part in (PICTURE, OTHER)]
+    assert processor.assemble(narrow, prepared).ids == processor.prepare_chat(chat).ids
+
+
+def test_a_processor_opens_without_weights(tiny_folder: Path, tiny: BaseModel) -> None:
+    chat = [Message("user", (TextPart("What is it?"),))]
+    assert open_processor(BaseConfig(source=str(tiny_folder))).chat_ids(chat) == tiny.processor.chat_ids(chat)
