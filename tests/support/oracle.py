@@ -47,9 +47,14 @@ class Oracle:
     """One base, and adapters by name, each run alone."""
 
     def __init__(
-        self, folder: Path, *, quantized: bool = True, adapters: Mapping[str, Path] | None = None
+        self,
+        folder: Path,
+        *,
+        quantized: bool = True,
+        adapters: Mapping[str, Path] | None = None,
+        device: str = "cpu",
     ) -> None:
-        base = load_stock(folder, quantized=quantized)
+        base = load_stock(folder, quantized=quantized, device=device)
         self.config = base.config
         self._model: nn.Module = base
         self._base = base
@@ -75,8 +80,9 @@ class Oracle:
     @torch.no_grad()
     def _generate(self, prompt: PromptInputs, num_tokens: int) -> Reference:
         generate = cast("Callable[..., _Generated]", self._model.generate)
+        inputs = model_inputs(prompt, self.config.image_token_id)
         output = generate(
-            **model_inputs(prompt, self.config.image_token_id),
+            **{name: each.to(self._base.device) for name, each in inputs.items()},
             max_new_tokens=num_tokens,
             eos_token_id=_NO_TOKEN,  # so that the run always has its full length
             do_sample=False,
@@ -90,7 +96,9 @@ class Oracle:
         return Reference(tuple(tokens), tuple((top[:, 0] - top[:, 1]).tolist()))
 
 
-def load_stock(folder: Path, *, quantized: bool = True) -> Qwen2_5_VLForConditionalGeneration:
+def load_stock(
+    folder: Path, *, quantized: bool = True, device: str = "cpu"
+) -> Qwen2_5_VLForConditionalGeneration:
     """The base as transformers loads it: NF4 as ours is, or 16 bits; a pre-quantised one as it is."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -103,7 +111,7 @@ def load_stock(folder: Path, *, quantized: bool = True) -> Qwen2_5_VLForConditio
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder,
         dtype=torch.bfloat16,
-        device_map={"": "cpu"},
+        device_map={"": device},
         quantization_config=settings if quantized else None,
     )
     for module in model.modules():

@@ -59,8 +59,10 @@ class Recorder:
 class Rig:
     """Base, registry and engine in one; ``close`` it. Asks run their full length: end tokens are ordinary ones."""
 
-    def __init__(self, checkpoint: str, state: Path, config: EngineConfig | None = None) -> None:
-        self.base = load_base(BaseConfig(source=checkpoint, device="cpu"))
+    def __init__(
+        self, checkpoint: str, state: Path, config: EngineConfig | None = None, device: str = "cpu"
+    ) -> None:
+        self.base = load_base(BaseConfig(source=checkpoint, device=device))
         self.sites = discover_sites(self.base.module)
         self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
         self.recorder = Recorder()
