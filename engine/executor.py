@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +54,8 @@ class Executor:
         try:
             return self._attempt(plan, clock)
         except Exception as error:  # noqa: BLE001  (whatever a step throws, only its culprit may fail)
+            # the frames hold the failed step's tensors: after "out of memory" the retry needs their room
+            traceback.clear_frames(error.__traceback__)
             return self._isolate(plan, error, clock)
 
     def _isolate(self, plan: StepPlan, error: Exception, clock: PhaseClock) -> list[Outcome]:

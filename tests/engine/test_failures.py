@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,24 @@ def test_a_step_that_throws_fails_only_the_culprit(
     failure = check_neighbours(rig, asyncio.run(outcomes(rig, ASKS)), quiet)
     assert isinstance(failure, StepFailed)
     assert "planted" not in str(failure)
+
+
+def test_a_step_is_retried_with_the_room_of_the_failed_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Runner.run
+    held: list[weakref.ref[torch.Tensor]] = []
+    were_alive: list[bool] = []
+
+    def throwing(self: Runner, plan: StepPlan) -> StepLogits:
+        were_alive.extend(tensor() is not None for tensor in held)
+        if len(plan.chunks) > 1:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("planted")
+        return run(self, plan)
+
+    monkeypatch.setattr(Runner, "run", throwing)
+    assert all(isinstance(got, Answer) for got in asyncio.run(outcomes(rig, ASKS)))
+    assert held and not any(were_alive)
 
 
 def test_nan_from_the_model_fails_that_request_alone(
