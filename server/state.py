@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from server.metrics import Metrics
     from server.settings import Settings
 
+HUNG_AFTER_S = 60.0
+"""No step takes so long unless something is wrong: a device that hangs, or memory that swaps."""
+
 
 class TokenStream(Protocol):
     """One request's answer: Deltas and, last, a Finish; raises EngineError."""
@@ -138,6 +141,8 @@ def unready_reasons(state: ServerState) -> list[str]:
         reasons.append("draining")
     if not status.is_alive:
         reasons.append("the engine is not running")
+    if status.is_alive and status.heartbeat_age_s > HUNG_AFTER_S:
+        reasons.append(f"the engine's step has taken {status.heartbeat_age_s:.0f} s")
     if not reasons and not status.is_ready:
         reasons.append("the engine is warming up")
     return reasons

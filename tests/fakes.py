@@ -132,6 +132,7 @@ class FakeEngineClient:
         self.loaded: dict[AdapterRef, bool] = {}
         self.waiting: dict[str, int] = {}
         self.is_alive = True
+        self.heartbeat_age_s = 0.0
         self.is_draining = False
         self.is_closed = False
 
@@ -175,7 +176,7 @@ class FakeEngineClient:
             host_refs=frozenset(),
             slot_bank_bytes=0,
             steps=len(self.requests),
-            heartbeat_age_s=0.0,
+            heartbeat_age_s=self.heartbeat_age_s,
         )
 
     async def drain(self, timeout_s: float) -> None:

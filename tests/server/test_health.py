@@ -25,6 +25,15 @@ def test_a_dead_engine_fails_both_with_reasons(tmp_path: Path) -> None:
         assert "lorikeet_ready 0.0" in client.get("/metrics").text
 
 
+def test_an_engine_that_hangs_in_a_step_gets_no_new_requests(tmp_path: Path) -> None:
+    surface = make_surface(tmp_path)
+    surface.engine.heartbeat_age_s = 300.0
+    with client_of(surface) as client:
+        assert client.get("/ready").json()["reasons"] == ["the engine's step has taken 300 s"]
+        surface.engine.heartbeat_age_s = 1.0
+        assert client.get("/ready").status_code == 200
+
+
 def test_a_draining_server_lives_but_is_not_ready(tmp_path: Path) -> None:
     surface = make_surface(tmp_path)
     surface.state.drain.begin()
