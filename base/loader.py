@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Final, cast
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,8 @@ from base.processor import PatchSizes, Processor, TokenIds
 from base.quantization import QuantizationPlan, plan_quantization
 
 logger = logging.getLogger("lorikeet.base")
+
+CPU: Final = torch.device("cpu")
 
 
 def load_base(config: BaseConfig) -> BaseModel:
@@ -113,18 +115,22 @@ def _check_four_bit(module: nn.Module, plan: QuantizationPlan, source: str) -> N
 
 
 def _device(config: BaseConfig) -> torch.device:
-    if config.device != "auto":
-        try:
-            return torch.device(config.device)
-        except RuntimeError as error:
-            raise UnsupportedBase(
-                config.source, f"there is no device {config.device!r}: try cpu or cuda"
-            ) from error
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Raises UnsupportedBase for one that is not here."""
+    if config.device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise _no_device(config) from error
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < num_gpus):
+        return device
+    raise _no_device(config)
+
+
+def _no_device(config: BaseConfig) -> UnsupportedBase:
+    found = f"cpu and {torch.cuda.device_count()} CUDA devices"
+    return UnsupportedBase(config.source, f"there is no device {config.device!r} here: torch sees {found}")
 
 
 def _token_ids(checkpoint: Checkpoint) -> TokenIds:

@@ -346,6 +346,7 @@ def test_a_chat_template_may_be_kept_anywhere_or_nowhere(tmp_path: Path, tiny: B
     assert load_base(BaseConfig(source=str(folder))).processor.prepare_chat(chat).ids != expected
 
 
-def test_an_unknown_device_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(UnsupportedBase, match="device"):
-        load_base(BaseConfig(source=str(tiny_folder), device="abacus"))
+@pytest.mark.parametrize("device", ["abacus", "mps", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(UnsupportedBase, match=f"no device '{device}' here"):
+        load_base(BaseConfig(source=str(tiny_folder), device=device))
