@@ -37,8 +37,8 @@ class LocalSource:
             if real is not None and self._is_allowed(real):
                 return real
         raise SourceRejected(
-            f"source {source[:96]!a} is no folder under this server's allowed adapter roots; copy the package there, "
-            "or start the server with --adapter-root"
+            "the source is no folder under this server's adapter roots; copy the package there, or start the server "
+            "with --adapter-root"
         )
 
     def root_of(self, folder: Path) -> Path:
