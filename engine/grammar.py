@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.errors import GrammarError
+from engine.grammar_trial import GrammarTrial
 from engine.sampling import GrammarSpec
 
 MAX_SOURCE_BYTES: Final = 64 * 1024
@@ -96,7 +97,10 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles on a thread of its own, one at a time, and keeps the latest MAX_CACHED. Any thread may call it."""
+    """Compiles on a thread of its own, one at a time, and keeps the latest MAX_CACHED. Any thread may call it.
+
+    What a client wrote is tried in another process first: one grammar that cannot be compiled would hold up all others.
+    """
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int], vocab_size: int) -> None:
         """``vocab_size`` is the model's, which may exceed the tokenizer's; the ids beyond are never allowed.
@@ -106,6 +110,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocab_size = vocab_size
+        self._trial = GrammarTrial(tokenizer)
         self._index: llguidance.LLTokenizer | None = None
         self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
         self._cache_lock = threading.Lock()
@@ -119,6 +124,8 @@ class GrammarCompiler:
                 self._cache.move_to_end(spec)
                 return grammar
         source = self._source(spec)
+        if spec.kind != "json_object":
+            self._trial.run(source)
         grammar = _on_deep_stack(lambda: self._build(source))
         with self._cache_lock:
             self._cache[spec] = grammar

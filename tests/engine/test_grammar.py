@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,35 @@ def test_a_long_chain_of_references_does_not_overflow_the_stack(compiler: Gramma
     thread.start()
     thread.join()
     assert outcome == [True]
+
+
+def letters(count: int) -> list[dict[str, str]]:
+    return [{"type": "string", "pattern": f".*{chr(97 + i)}.*"} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"allOf": letters(24)}, {"type": "integer", "multipleOf": 99_999_989}],
+    ids=["patterns", "multiple"],
+)
+def test_a_schema_that_would_take_minutes_and_gigabytes_holds_nobody_up(
+    compiler: GrammarCompiler, value: object
+) -> None:
+    with pytest.raises(GrammarError, match="3 s or 1024 MiB"):
+        compiler.compile(schema(value))
+    begin_s = time.monotonic()
+    assert accepts(compiler.compile(schema({"const": str(value)[:9]})), json.dumps(str(value)[:9]))
+    assert time.monotonic() - begin_s < 2
+
+
+def test_a_tool_whose_arguments_take_minutes_is_refused(compiler: GrammarCompiler) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 99_999_989}}}
+    spec = tool_grammar(
+        [{"type": "function", "function": {"name": "f", "parameters": parameters}}], AnyTool()
+    )
+    assert spec is not None
+    with pytest.raises(GrammarError, match="simplify it"):
+        compiler.compile(spec)
 
 
 # ---- the compiler ------------------------------------------------------------------------------------------------
