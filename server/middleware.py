@@ -135,6 +135,7 @@ class Doorman:
             headers = Headers(scope=scope)
             method, path = scope["method"], scope["path"]
             self._check_host(headers.get("host", ""))
+            _check_path(path)
             scope["state"]["caller"] = self._state.gate.admit(method, path, headers.get("authorization"))
             self._check_drain(path)
             if method in BODY_METHODS:
@@ -154,6 +155,12 @@ class Doorman:
             raise WireError(
                 503, "draining", "the server is stopping: send the request to another", headers=retry_after(1)
             )
+
+
+def _check_path(path: str) -> None:
+    """The router takes ``/metrics%0A`` for ``/metrics``; what the gate and the router read must be the same."""
+    if path.endswith("\n"):
+        raise WireError(404, "not_found", "this server has no such path: see /docs")
 
 
 def _host_name(host: str) -> str:

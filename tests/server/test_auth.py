@@ -118,6 +118,9 @@ def test_a_missing_key_is_answered_before_the_body_has_come(client: httpx2.Clien
         (METRICS, "HEAD", "/metrics", 200),
         (METRICS, "POST", "/v1/completions", 403),
         (METRICS, "GET", "/docs", 200),
+        (INFER, "GET", "/metrics%0A", 404),
+        (INFER, "POST", "/v1/load_lora_adapter%0A", 404),
+        (METRICS, "POST", "/v1/chat/completions%0A", 404),
     ],
 )
 def test_scopes(client: httpx2.Client, key: str, method: str, path: str, expected: int) -> None:
