@@ -43,7 +43,7 @@ def sampling_params(
         seed=request.seed,
         logit_bias=biases(request.logit_bias, vocab_size),
         stop=request.stops,
-        stop_token_ids=tuple(request.stop_token_ids),
+        stop_token_ids=_stop_ids(request.stop_token_ids, vocab_size),
         ignore_eos=request.ignore_eos,
         include_stop_str_in_output=request.include_stop_str_in_output,
         logprobs=logprobs,
@@ -67,6 +67,15 @@ def _token_id(key: str, vocab_size: int) -> int:
     if key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size:
         return int(key)
     raise invalid_request(f"`logit_bias` takes token ids from 0 to {vocab_size - 1} as keys", "logit_bias")
+
+
+def _stop_ids(token_ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    """Raises WireError 400 for what is no id of this base."""
+    if any(token_id >= vocab_size for token_id in token_ids):
+        raise invalid_request(
+            f"`stop_token_ids` takes token ids from 0 to {vocab_size - 1}", "stop_token_ids"
+        )
+    return tuple(token_ids)
 
 
 def max_tokens_for(num_prompt_tokens: int, wanted: int | None, max_model_len: int, param: str) -> int:

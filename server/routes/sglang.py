@@ -66,10 +66,11 @@ async def _outcome(request: Request, state: ServerState, act: Awaitable[object])
 def _loaded(request: Request, state: ServerState) -> dict[str, str]:
     """Name to source of the adapters on the device, of those that the caller may use."""
     caller = actor_of(request).caller
-    refs = [
+    resident = [
         slot.ref for slot in state.engine.status().slots if slot.ref is not None and slot.state == "resident"
     ]
-    return {ref.name: str(ref) for ref in refs if caller.may_use(ref.name)}
+    known = {entry.ref.name for entry in state.registry.entries()}  # one that was removed may still be freed
+    return {ref.name: str(ref) for ref in resident if ref.name in known and caller.may_use(ref.name)}
 
 
 @router.get("/lora-adapters", tags=["llama.cpp"])

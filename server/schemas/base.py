@@ -59,7 +59,7 @@ class WeightedAdapter(Wire):
 class ScaledLora(Wire):
     """llama.cpp's: ``id`` is the number that GET /lora-adapters gives, or a name."""
 
-    id: Annotated[int, Field(ge=0)] | Name
+    id: Annotated[int, Field(ge=0, le=INT64_MAX)] | Name
     scale: Weight
 
 
@@ -116,7 +116,7 @@ class GenerationFields(Wire):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,22 @@ def test_sglang_load_and_unload(client: httpx2.Client, surface: Surface) -> None
     assert failed.json()["success"] is False
     assert failed.json()["error_message"] == failed.json()["error"]["message"]
     assert failed.json()["error"]["code"] == "model_not_found"
+
+
+def test_sglang_names_only_adapters_that_exist(
+    client: httpx2.Client, surface: Surface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("a", "b")):
+        surface.register(name, seed=seed)
+    slots = tuple(
+        SlotStatus(slot, surface.registry.resolve(name), "resident", False, 0, 1)
+        for slot, name in enumerate(("a", "b"))
+    )
+    status = replace(surface.engine.status(), slots=slots)  # what is removed leaves its slot a little later
+    monkeypatch.setattr(surface.engine, "status", lambda: status)
+    assert client.post("/unload_lora_adapter", json={"lora_name": "a"}).json()["loaded_adapters"] == {
+        "b": "b@1"
+    }
 
 
 def test_llama_cpp_list_and_refused_scales(client: httpx2.Client, surface: Surface) -> None:

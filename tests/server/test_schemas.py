@@ -155,7 +155,7 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "top_p": ([0, 0.5, 1], [-0.1, 1.1, "1", False]),
     "top_k": ([-1, 0, 50], [-2, 1.0, "5", True]),
     "min_p": ([0, 1], [-0.1, 1.5]),
-    "repetition_penalty": ([0.1, 1, 2], [0, -1]),
+    "repetition_penalty": ([0.01, 1, 100], [0, -1, 5e-324, 101]),
     "presence_penalty": ([-2, 2], [-2.1, 2.1]),
     "frequency_penalty": ([-2, 2], [-2.1, 2.1]),
     "seed": ([-(2**63), 0, 2**63 - 1], [2**63, 0.5, "7", True]),
@@ -169,6 +169,10 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "stream": ([True, False], ["true", 1]),
     "logprobs": ([True, False], [1, "true"]),
     "ignore_eos": ([True], [1]),
+    "lora": (
+        [[{"id": 2**63 - 1, "scale": 1.0}]],
+        [[{"id": -1, "scale": 1.0}], [{"id": 2**70, "scale": 1.0}]],
+    ),
 }
 
 

@@ -87,6 +87,10 @@ def test_a_wrong_bias_is_refused_before_pictures_are_loaded() -> None:
     assert state.media.loads == []
 
 
+def test_a_stop_token_that_the_base_lacks_is_the_clients_mistake() -> None:
+    assert refused(State(), ask(stop_token_ids=[2**63 - 1])).param == "stop_token_ids"
+
+
 def test_a_wrong_schema_is_refused_before_pictures_are_loaded() -> None:
     state = State()
     schema = {"type": "string", "description": "x" * 200_000}
