@@ -93,16 +93,11 @@ def curl_line(url: str, adapters: Sequence[str], picture: Path | None, has_keys:
     model = adapters[0] if adapters else "base"
     key = ' -H "authorization: Bearer $LORIKEET_API_KEY"' if has_keys else ""
     head = f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{key} -d "
+    body = f'{{"model":"{model}","temperature":0,"messages":[{{"role":"user","content":'
     if picture is None:
-        return (
-            head
-            + f"""'{{"model":"{model}","messages":[{{"role":"user","content":"Hello! Who are you?"}}]}}'"""
-        )
+        return f"""{head}'{body}"Hello! Who are you?"}}]}}'"""
     kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else picture.suffix.lower().lstrip(".")
-    before = (
-        f'{{"model":"{model}","messages":[{{"role":"user","content":['
-        f'{{"type":"image_url","image_url":{{"url":"data:image/{kind};base64,'
-    )
+    before = f'{body}[{{"type":"image_url","image_url":{{"url":"data:image/{kind};base64,'
     after = '"}},{"type":"text","text":"What is in the picture?"}]}]}'
     data = f"\"$(base64 < {shlex.quote(str(picture))} | tr -d '\\n')\""
     return f"{head}'{before}'{data}'{after}'"

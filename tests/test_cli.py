@@ -263,6 +263,12 @@ def test_a_refusal_is_told_with_its_code_and_details(remote: Remote) -> None:
     assert "- q_proj" in result.output
 
 
+def test_a_missing_or_wrong_key_is_told_by_the_option_that_gives_it(remote: Remote) -> None:
+    error = {"message": "send the header Authorization", "code": "invalid_api_key"}
+    remote.replies["GET /v1/adapters"] = (401, json.dumps({"error": error}).encode())
+    assert "--api-key" in run("adapters", "list", "--url", remote.url).output
+
+
 def test_a_server_that_is_not_there_is_named_and_not_a_traceback() -> None:
     result = run("adapters", "list", "--url", "http://127.0.0.1:9")
     assert result.exit_code == 1

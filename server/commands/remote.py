@@ -117,4 +117,6 @@ def _message(status: int, content: bytes) -> str:
         return f"the server answered {status} without saying why"
     details = [f"\n  - {detail}" for detail in error.get("details", []) or []]
     code = f" [{error['code']}]" if error.get("code") else ""
+    if error.get("code") == "invalid_api_key":
+        return "this server asks for a valid key: give it with --api-key or in LORIKEET_API_KEY [invalid_api_key]"
     return f"{error['message']}{code}{''.join(details)}"

@@ -178,7 +178,7 @@ def test_the_curl_line_is_one_shell_command_with_valid_json(
         env={"LORIKEET_API_KEY": "the-key", "PATH": os.environ["PATH"]},
     ).stdout.split("\n")
     body = json.loads(shown[shown.index("-d") + 1])
-    assert body["model"] == "json"
+    assert (body["model"], body["temperature"]) == ("json", 0)
     assert ("authorization: Bearer the-key" in shown) == has_keys
     if has_picture:
         assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
