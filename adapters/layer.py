@@ -46,9 +46,8 @@ class MultiLoraLinear(nn.Module):
         if plan.num_rows != flat_y.shape[0]:
             raise ValueError(f"{self.site.name} got {flat_y.shape[0]} rows, and routing for {plan.num_rows}")
         flat_x = x.reshape(-1, x.shape[-1])
-        bias = (
-            None if shelf.scale is None else self.bias
-        )  # only DoRA asks for it, and to look it up takes time
+        # only DoRA asks for the bias, and to look it up takes time
+        bias = None if shelf.scale is None else self.bias
         result = add_lora(flat_y, flat_x, plan, shelf.pages, shelf.scale, bias, self._rounding)
         return result.view(y.shape)
 

@@ -173,10 +173,7 @@ class Mover:
         begin_s = time.monotonic()
         try:
             self._bank.write(load.slot, outcome)
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch says "out of memory" by subclasses of RuntimeError
+        except (MemoryError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
             return MoveFailed(load, _translate(load.ref, error))
         seconds = {"read": ready.read_s, "copy": time.monotonic() - begin_s}
         return Moved(load, outcome.num_bytes, seconds, ready.origin)

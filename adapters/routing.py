@@ -92,10 +92,6 @@ class Routing:
     def is_base_only(self) -> bool:
         return not self._rows
 
-    @property
-    def slots_in_use(self) -> tuple[int, ...]:
-        return tuple(sorted(self._rows))
-
     def plan(self, layout: Layout) -> RoutePlan | None:
         """What a layer with this layout does this step; None if none of its slots in use touches it.
 

@@ -81,9 +81,7 @@ class Shelf:
     def __init__(self, site: Site, num_slots: int) -> None:
         self.site = site
         self.pages: dict[int, Pages] = {}
-        self.scale: Tensor | None = (
-            None  # [num_slots, out] float32, DoRA's column scale; None while nobody has one
-        )
+        self.scale: Tensor | None = None  # [num_slots, out] float32, DoRA's; None while nobody has one
         self.forms: list[Form] = [UNTOUCHED] * num_slots
         self.layout = Layout((None,) * num_slots)
 

@@ -31,9 +31,7 @@ class AttentionPlan:
     """S: keys visible to each segment's last token, that is cached ones and this step's."""
     block_tables: tuple[tuple[int, ...], ...]
     """S rows of block ids; each covers its context length."""
-    slot_mapping: (
-        Tensor  # [T] int64: block id * block_size + offset, where each token's key and value are written
-    )
+    slot_mapping: Tensor  # [T] int64: block id * block_size + offset, where each token's K and V go
     key_cache: tuple[Tensor, ...]  # L of [num_blocks, block_size, num_kv_heads, head_dim]; written in place
     value_cache: tuple[Tensor, ...]  # as key_cache
     block_size: int

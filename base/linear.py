@@ -65,9 +65,8 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: Linear4bit) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.state = copy(
-            quant_state(linear)
-        )  # packing replaces its attributes, it does not write into tensors
+        # a copy: packing replaces the state's attributes, it does not write into its tensors
+        self.state = copy(quant_state(linear))
         self.linear = linear.eval()
         self.linear.support_avx512bf16_for_cpu = True
         with torch.no_grad():  # the first call packs, in place and not safely among threads: have it done
@@ -177,7 +176,6 @@ def _num_weights(linear: nn.Module) -> int:
 
 def _dequantised(linear: Linear4bit) -> DequantisedLinear:
     state = copy(quant_state(linear))
-    state.dtype = (
-        linear.compute_dtype or torch.bfloat16
-    )  # bitsandbytes dequantises straight to the compute dtype
+    # as bitsandbytes does: straight to the compute dtype
+    state.dtype = linear.compute_dtype or torch.bfloat16
     return DequantisedLinear(dequantize_4bit(linear.weight.data, state), linear.bias)

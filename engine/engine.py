@@ -32,8 +32,8 @@ from engine.swaps import AdapterSwaps
 logger = logging.getLogger("lorikeet.engine")
 
 IDLE_WAIT_S = 0.5  # how long an idle engine sleeps between heartbeats
-MAX_BACKOFF_S = 2.0  # longest pause after a reset, so that a lasting fault does not spin
 PENDING_WAIT_S = 0.02  # the same while an unload drains or a load is awaited: its deadline must be noticed
+MAX_BACKOFF_S = 2.0  # longest pause after a reset, so that a lasting fault does not spin
 
 
 class Engine:

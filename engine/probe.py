@@ -23,9 +23,8 @@ from engine.step import Chunk, ImageJob, StepPlan
 from engine.vision_cache import VisionCache
 
 PROBE_TEXT = "Describe this picture."
-PROBE_IMAGE_SIDE = (
-    56  # pixels: four patches a side, the smallest grid that any checkpoint's processor leaves alone
-)
+PROBE_IMAGE_SIDE = 56
+"""Pixels: four patches a side, the smallest grid that any checkpoint's processor leaves alone."""
 
 
 class Probe:

@@ -10,9 +10,8 @@ import secrets
 from dataclasses import dataclass
 
 _WORD = (1 << 64) - 1
-_GOLDEN_GAMMA = (
-    0x9E3779B97F4A7C15  # of SplitMix64 (Steele, Lea, Flood 2014), as are the two multipliers below
-)
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+"""Of SplitMix64 (Steele, Lea, Flood 2014), as are the two multipliers below."""
 
 
 def _mix(word: int) -> int:

@@ -21,7 +21,6 @@ class StepBudget:
         self.num_tokens = num_tokens
         self.num_patches = num_patches
         self.image_jobs: list[ImageJob] = []
-
         self.has_prefill = False
 
     def take_prefill(self, num_tokens: int, jobs: list[ImageJob]) -> bool:

@@ -57,9 +57,8 @@ def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     exact = logits.double()
     temperatures = _column([p.temperature for p in params], logits)
     relative = _exp((exact - exact.amax(-1, keepdim=True)) / temperatures)
-    relative = relative.nan_to_num(
-        nan=0.0
-    )  # a row that is not finite fails elsewhere; here it must only not throw
+    # a row that is not finite fails elsewhere; here it must only not throw
+    relative = relative.nan_to_num(nan=0.0)
     if any(p.min_p > 0 for p in params):
         relative = relative.masked_fill(relative < _column([p.min_p for p in params], logits), 0.0)
     return (relative * WEIGHT_ONE).long()

@@ -21,8 +21,7 @@ from engine.status import SlotStatus, SwapsPicture
 
 logger = logging.getLogger("lorikeet.engine")
 
-
-Outcome = LoadReport | UnloadReport | Exception
+Reply = LoadReport | UnloadReport | Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ class AdapterSwaps:
     def request_unload(self, message: UnloadAdapter, now: float) -> None:
         self._unloads.append(PendingUnload(message, now + message.timeout_s))
 
-    def _answer(self, message: LoadAdapter | UnloadAdapter, outcome: Outcome) -> None:
+    def _answer(self, message: LoadAdapter | UnloadAdapter, outcome: Reply) -> None:
         self._answers.append(lambda: message.reply(outcome))  # type: ignore[arg-type]  # each message its own report
 
     def send_answers(self) -> None:
