@@ -90,7 +90,7 @@ _JSON: Final[dict[str, Callable[[tuple[Thing, ...]], object]]] = {
 def ask_for_french(picture: Picture, rng: Random) -> Asked:
     """The base's questions, answered in French."""
     asked = typed(ask(picture.scene, rng, answerable(picture.scene)), rng)
-    return replace(asked, answer=french.translate(asked))
+    return replace(asked, answer=french.translate(asked, french.SIDES))
 
 
 def ask_for_patterns(picture: Picture, rng: Random) -> Asked:
@@ -105,7 +105,7 @@ def ask_for_patterns(picture: Picture, rng: Random) -> Asked:
 
 PATTERN_ONE: Final = (
     "What pattern is it?", "What pattern do you see?", "Which pattern does the object have?",
-    "What is the fill of the object?", "Is it solid, striped, dotted or checked?",
+    "What is the fill of the object?", "Is it solid, striped or dotted?",
 )  # fmt: skip
 PATTERN_AT: Final = (
     "What pattern is {place}?", "Which pattern does the object {place} have?", "What is the fill {place}?",
@@ -116,11 +116,11 @@ ALL: Final = (
     Sample("json", "answers questions about one thing as JSON", ask_for_json, rank=8, alpha=16, steps=650),
     Sample(
         "french", "answers questions about one thing in French", ask_for_french,
-        rank=16, alpha=16, steps=650, use_rslora=True,
+        rank=16, alpha=16, steps=1000, use_rslora=True,
     ),
     Sample(
-        "patterns", "sees what things are filled with: solid, striped, dotted or checked", ask_for_patterns,
-        rank=8, alpha=16, steps=650, targets=f"{VISION}|{LANGUAGE}",
+        "patterns", "sees what things are filled with: solid, striped or dotted", ask_for_patterns,
+        rank=8, alpha=16, steps=1500, targets=f"{VISION}|{LANGUAGE}",
         mixture=Mixture(num_pictures=10, num_text_rows=0, num_branches=2, max_things=1, fills=FILLS),
     ),
 )  # fmt: skip

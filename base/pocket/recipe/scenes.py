@@ -28,7 +28,7 @@ COLORS: Final = {
 CELLS: Final = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
-FILLS: Final = ("solid", "striped", "dotted", "checked")
+FILLS: Final = ("solid", "striped", "dotted")
 BACKGROUNDS: Final = (
     (255, 255, 255), (245, 245, 245), (225, 225, 225), (190, 190, 190), (90, 90, 90), (40, 40, 40), (0, 0, 0),
     (240, 232, 214), (214, 228, 240), (222, 238, 222), (60, 56, 70), (46, 58, 58),
@@ -158,7 +158,7 @@ def _draw_thing(image: Image.Image, thing: Thing, rng: Random) -> tuple[float, f
     else:
         mask = Image.new("1", image.size)
         _outline(ImageDraw.Draw(mask), thing.shape, x, y, radius, 1, rng)
-        image.paste(_textured(image, thing.fill, color, radius, rng), mask=mask)
+        image.paste(_textured(image, thing.fill, color, (x, y), radius, rng), mask=mask)
     return x / image.width, y / image.height
 
 
@@ -190,14 +190,20 @@ def _corners(shape: str, radius: float) -> list[tuple[float, float]]:
 
 
 def _textured(
-    image: Image.Image, fill: str, color: tuple[int, int, int], radius: float, rng: Random
-) -> Image.Image:
-    """The whole image covered by one texture of `color` and a light or dark second ink."""
+    image: Image.Image, fill: str, color: tuple[int, int, int], middle: tuple[float, float],
+    radius: float, rng: Random,
+) -> Image.Image:  # fmt: skip
+    """The whole image covered by one texture, about `middle`, of `color` and a light or dark second ink.
+
+    Coarse enough to be seen at 28 pixels a token: bars of half a radius, or one dot.
+    """
     other = (250, 250, 250) if sum(color) < 480 else (20, 20, 20)
-    period = radius * rng.uniform(0.5, 0.62)
     rows, columns = np.mgrid[0 : image.height, 0 : image.width]
-    along, across = (rows, columns) if rng.random() < 0.5 else (columns, rows)
-    first, second = along % period < period / 2, across % period < period / 2
-    inside = {"striped": first, "checked": first ^ second, "dotted": first & second}[fill]
+    down, across = rows - middle[1], columns - middle[0]
+    along = down if rng.random() < 0.5 else across
+    inside = {
+        "striped": (along / radius + 0.25) % 1 < 0.5,
+        "dotted": np.hypot(down, across) < 0.5 * radius,
+    }[fill]
     pixels = np.where(inside[..., None], np.array(other), np.array(color)).astype(np.uint8)
     return Image.fromarray(pixels)

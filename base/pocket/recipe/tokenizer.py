@@ -30,6 +30,12 @@ QWEN2_SPLIT: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )  # of Qwen2's tokenizer.json
+CORPUS_FILLS: Final = (
+    "solid",
+    "striped",
+    "dotted",
+    "checked",
+)  # fixed: another list would be another vocabulary
 CHAT_TEMPLATE: Final = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
     "{% for message in messages %}"
@@ -99,7 +105,7 @@ def corpus() -> Iterator[str]:
         "assistant",
     )
     for _ in range(3000):
-        scene = scenes.sample_scene(rng, fills=scenes.FILLS)
+        scene = scenes.sample_scene(rng, fills=CORPUS_FILLS)
         asked = questions.ask(scene, rng)
         yield from (asked.question, asked.question.lower(), asked.answer)
         yield french.translate(asked)
