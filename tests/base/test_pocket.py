@@ -23,7 +23,7 @@ from base.pocket.recipe.questions import Asked
 from base.pocket.recipe.rows import IGNORED, TEXT, RowWriter, collate
 from base.pocket.recipe.scenes import draw, sample_scene
 from base.pocket.recipe.scoring import score
-from base.pocket.recipe.tokenizer import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
+from base.pocket.recipe.tokenizer import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, build_tokenizer
 from base.pocket.recipe.train import Schedule, Trainer
 
 MAX_BYTES = 16_000_000
@@ -61,6 +61,10 @@ def test_patches_equal_those_of_the_image_processor() -> None:
         wanted = processor(images=[image], return_tensors="pt")
         assert wanted["image_grid_thw"].tolist() == [[1, down, across]]
         torch.testing.assert_close(torch.from_numpy(patches), wanted["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_the_recipe_makes_the_shipped_tokenizer(tokenizer: Tokenizer) -> None:
+    assert json.loads(build_tokenizer().to_str()) == json.loads(tokenizer.to_str())
 
 
 def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer) -> None:
