@@ -155,7 +155,10 @@ class AdapterSwaps:
         for ref in [r for r in self._loads if self._residency.slot_of(r) is not None]:
             slot = self._residency.hold(ref)
             for message, asked_s in self._loads.pop(ref):
-                self._residency.pin(ref) if message.pin else self._residency.unpin(ref)
+                if message.pin:
+                    self._residency.pin(ref)
+                else:
+                    self._residency.unpin(ref)
                 took_s = time.monotonic() - asked_s
                 self._answer(message, LoadReport(ref, slot, self._bank.slot_bytes(slot), took_s))
             self._residency.release(ref)

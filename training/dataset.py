@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ class _Split:
 
     def report(self) -> SplitReport:
         pictured = [size.num_image_tokens for size in self._sizes if size.num_image_tokens]
-        unused = {name: file.unused[name] for file in self._files for name in sorted(file.unused)}
+        unused = sum((file.unused for file in self._files), Counter[str]())
         return SplitReport(
             formats={file.path.name: str(file.kind or "unknown") for file in self._files},
             num_rows=self._num_rows,
@@ -180,6 +181,6 @@ class _Split:
             num_labels=self._num_labels,
             tokens=Histogram.of(size.num_tokens for size in self._sizes),
             image_tokens=Histogram.of(pictured),
-            unused_columns=unused,
+            unused_columns=dict(sorted(unused.items())),
             digest=hashlib.sha256("".join(row.digest() for row in self.rows).encode()).hexdigest(),
         )

@@ -19,7 +19,7 @@ from base.config import BaseConfig
 from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
-from engine.client import Stream
+from engine.reading import Stream
 from engine.config import EngineConfig
 from engine.observer import Event
 from engine.request import GenerationRequest

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from base.images import MAX_ASPECT_RATIO
@@ -342,6 +344,46 @@ def test_parquet_rows_are_numbered_and_may_hold_bytes(
     assert [row.origin.line for row in rows] == [1, 2]
     conversations = read(tmp_path / "rows.parquet")
     assert [len(item.pictures) for item in conversations if isinstance(item, Conversation)] == [1, 0]
+
+
+# ---- rows of no sense
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    | st.sampled_from(["<image>", "user", "assistant", "tool", "data:,", "/", "..", "a.png", "text", "image_url"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["role", "content", "from", "value", "type", "text", "image_url", "url", "tool_calls", "function", "loss"]
+    ), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(name=st.sampled_from(sorted(ROWS)), data=st.data())
+@settings(max_examples=200)
+def test_no_row_ends_the_reading(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "junk"
+    folder.mkdir(exist_ok=True)
+    put_pictures(folder)
+    kind, row = ROWS[name]
+    broken = json.loads(json.dumps(row))
+    place: object = broken
+    for _ in range(data.draw(st.integers(0, 3))):  # down to some inner value
+        inner = [
+            item
+            for item in (place.values() if isinstance(place, dict) else place)
+            if isinstance(item, dict | list)
+        ]  # type: ignore[attr-defined]
+        place = data.draw(st.sampled_from(inner)) if inner else place
+    if isinstance(place, dict) and place:
+        place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JUNK)
+    elif isinstance(place, list):
+        place.append(data.draw(JUNK))
+    results = read(write(folder, broken, row), kind=kind)
+    assert isinstance(results[-1], Conversation)
+    assert isinstance(results[0], Conversation | Fault)
+    assert len(str(results[0])) > 0
 
 
 # ---- pictures

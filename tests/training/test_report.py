@@ -250,6 +250,11 @@ def test_the_report_counts_rows_tokens_and_labels(tmp_path: Path, processor: Pro
     assert "unused columns: note" in checked.report.text()
 
 
+def test_unused_columns_are_counted_over_all_files(tmp_path: Path, processor: Processor) -> None:
+    files = [write(tmp_path, ask(i, note="x"), name=f"{i}.jsonl") for i in range(3)]
+    assert check_data(files, processor, SKIP).report.train.unused_columns == {"note": 3}
+
+
 def test_the_text_is_cut_and_the_json_is_whole(tmp_path: Path, processor: Processor) -> None:
     report = report_of(processor, tmp_path, GOOD, *["{"] * 80)
     assert len(report.text().splitlines()) == 53

@@ -234,7 +234,7 @@ def _read_parquet(path: Path) -> Iterator[Row | Fault]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row({k: v for k, v in fields.items() if v is not None}, Origin(path.name, number))
+                yield Row(fields, Origin(path.name, number))
     except ValueError as error:  # pyarrow's own errors are ValueErrors
         yield _bad_file(path, number + 1, Found(str(error)[:80]), "a whole parquet file", "write it again")
 
