@@ -123,3 +123,10 @@ def test_other_types_are_415(content_type: str | None) -> None:
     with pytest.raises(WireError) as caught:
         require_json(content_type)
     assert (caught.value.status, caught.value.code) == (415, "unsupported_media_type")
+
+
+def test_an_object_of_a_million_keys_is_refused_at_once() -> None:
+    data = json.dumps({str(i): i for i in range(1_000_000)}).encode()
+    with pytest.raises(WireError, match="16,384 keys"):
+        parse(data)
+    assert parse(json.dumps({str(i): i for i in range(16_384)}).encode())
