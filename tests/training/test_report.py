@@ -272,16 +272,16 @@ def test_a_picture_that_vanishes_after_the_check_says_so(tmp_path: Path, process
     assert rejected.value.complaint.kind == FaultKind.IMAGE_MISSING
 
 
-def test_two_thousand_text_rows_take_two_seconds_at_most(tmp_path: Path, processor: Processor) -> None:
+def test_a_thousand_text_rows_take_a_second_at_most(tmp_path: Path, processor: Processor) -> None:
     """10,000 in under 10 s; processor time, since a shared machine's clock says nothing about the code."""
     words = "the kite that we saw on the hill above the sea was red and had a tail"
-    rows = [{"instruction": f"Say {i}: {words}", "output": f"{words} {i}"} for i in range(2000)]
+    rows = [{"instruction": f"Say {i}: {words}", "output": f"{words} {i}"} for i in range(1000)]
     path = write(tmp_path, *rows)
     logging.getLogger("lorikeet.training").setLevel(logging.WARNING)
     before = time.process_time()
     checked = check_data([path], processor, DataRules())
-    assert len(checked.train) == 2000
-    assert time.process_time() - before < 2.0
+    assert len(checked.train) == 1000
+    assert time.process_time() - before < 1.0
 
 
 def test_histograms_count_by_doubling_bounds() -> None:
