@@ -5,7 +5,6 @@ only way up. It refuses early what the engine has no room for, before anything i
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -37,8 +36,6 @@ from engine.request import GenerationRequest
 from engine.sampling import GrammarSpec
 from engine.status import EngineStatus, StatusBoard
 from engine.stream import TextAssembler
-
-logger = logging.getLogger("lorikeet.engine")
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STOP_TIMEOUT_S = 30.0  # for the step that is running
