@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 
 from adapters.ref import AdapterRef
 from engine.config import EngineConfig
@@ -38,6 +39,7 @@ from engine.status import EngineStatus, StatusBoard
 from engine.stream import TextAssembler
 
 DEFAULT_RETRY_AFTER_S = 1.0
+NUM_COMPILERS = 2
 STOP_TIMEOUT_S = 30.0  # for the step that is running
 
 
@@ -54,6 +56,8 @@ class EngineClient:
         self._config = config
         self.max_model_len = max_model_len
         self._grammars = grammars
+        # threads of their own: schemas that take long hold up other schemas, and nothing else
+        self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="lorikeet-grammar")
         self._tokens = tokens
         self._streams: dict[str, Stream] = {}
         self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is started
@@ -92,7 +96,7 @@ class EngineClient:
 
     async def compile_grammar(self, spec: GrammarSpec) -> None:
         """Compile a grammar off the loop and off the step, so that its request is born at once. Raises GrammarError."""
-        await asyncio.to_thread(self._grammars.compile, spec)
+        await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, spec)
 
     def _refuse(self, request: GenerationRequest) -> None:
         if self._is_draining:
@@ -208,6 +212,7 @@ class EngineClient:
     def close(self) -> None:
         """Stop the engine; streams still alive fail with Draining. Idempotent."""
         self._is_draining = True
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._thread is not None and self._thread.is_alive():
             self._engine.inbox.put(Stop())
             self._thread.join(timeout=STOP_TIMEOUT_S)
