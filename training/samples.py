@@ -120,7 +120,7 @@ ALL: Final = (
     ),
     Sample(
         "patterns", "sees what things are filled with: solid, striped or dotted", ask_for_patterns,
-        rank=8, alpha=16, steps=1500, targets=f"{VISION}|{LANGUAGE}",
+        rank=8, alpha=16, steps=1000, targets=f"{VISION}|{LANGUAGE}",
         mixture=Mixture(num_pictures=10, num_text_rows=0, num_branches=2, max_things=1, fills=FILLS),
     ),
 )  # fmt: skip

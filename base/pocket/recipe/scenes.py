@@ -33,6 +33,9 @@ BACKGROUNDS: Final = (
     (255, 255, 255), (245, 245, 245), (225, 225, 225), (190, 190, 190), (90, 90, 90), (40, 40, 40), (0, 0, 0),
     (240, 232, 214), (214, 228, 240), (222, 238, 222), (60, 56, 70), (46, 58, 58),
 )  # fmt: skip
+FILLED_SCALE: Final = (
+    1.7  # where fills are to be told apart; a usual thing is little more than one token wide
+)
 NUM_THINGS_WEIGHTS: Final = (4, 43, 32, 15, 6)  # of 0, 1, 2, 3, 4 things
 
 
@@ -51,6 +54,8 @@ class Scene:
     """Things in reading order, no two alike and no two in one cell."""
 
     things: tuple[Thing, ...]
+    scale: float = 1.0
+    """How much larger than usual its things are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,8 @@ def sample_scene(
     pairs = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], count)
     if count > 1 and rng.random() < twins:
         pairs = _with_twins(pairs, rng)
-    return Scene(
-        tuple(Thing(s, c, cell, rng.choice(fills)) for (s, c), cell in zip(pairs, cells, strict=True))
-    )
+    things = tuple(Thing(s, c, cell, rng.choice(fills)) for (s, c), cell in zip(pairs, cells, strict=True))
+    return Scene(things, FILLED_SCALE if len(fills) > 1 else 1.0)
 
 
 def _touch(one: int, other: int) -> bool:
@@ -101,7 +105,7 @@ def draw(scene: Scene, rng: Random, aspect: float = 1.0) -> Picture:
     """Draw `scene` at a random size of `aspect` (width over height), on a random, now and then noisy background."""
     width, height = _sample_size(aspect, rng)
     image = _background(width, height, rng)
-    centers = tuple(_draw_thing(image, thing, rng) for thing in scene.things)
+    centers = tuple(_draw_thing(image, thing, scene.scale, rng) for thing in scene.things)
     if rng.random() < 0.2:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.006 * min(width, height))))
     if rng.random() < 0.4:
@@ -145,13 +149,14 @@ def _noisy(image: Image.Image, rng: Random) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def _draw_thing(image: Image.Image, thing: Thing, rng: Random) -> tuple[float, float]:
-    """Draw in place, wholly inside the thing's cell; the returned middle is (x, y) as fractions."""
+def _draw_thing(image: Image.Image, thing: Thing, scale: float, rng: Random) -> tuple[float, float]:
+    """Draw in place, wholly inside the thing's cell at scale 1; the returned middle is (x, y) as fractions."""
     cell_width, cell_height = image.width / 3, image.height / 3
     room = min(cell_width, cell_height)
     radius = rng.uniform(0.33, 0.46) * room
     x = (thing.cell % 3 + 0.5) * cell_width + rng.uniform(-1, 1) * (0.48 * room - radius)
     y = (thing.cell // 3 + 0.5) * cell_height + rng.uniform(-1, 1) * (0.48 * room - radius)
+    radius *= scale
     color = _jitter(COLORS[thing.color], 10, rng)
     if thing.fill == "solid":
         _outline(ImageDraw.Draw(image), thing.shape, x, y, radius, color, rng)
