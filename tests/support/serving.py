@@ -19,9 +19,9 @@ from base.config import BaseConfig
 from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
-from engine.reading import Stream
 from engine.config import EngineConfig
 from engine.observer import Event
+from engine.reading import Stream
 from engine.request import GenerationRequest
 from engine.sampling import SamplingParams
 from engine.stream import Delta, Finish

@@ -9,7 +9,7 @@ from random import Random
 from typing import Final
 
 from base.pocket import PICTURES
-from base.pocket.recipe.scenes import CELLS, Scene, Thing, draw
+from base.pocket.recipe.scenes import CELLS, FILLED_SCALE, Scene, Thing, draw
 
 
 def _thing(color: str, shape: str, cell: str, fill: str = "solid") -> Thing:
@@ -22,7 +22,7 @@ SHIPPED: Final = {
         (_thing("yellow", "star", "top right"), _thing("blue", "square", "bottom left"))
     ),
     "green_triangle": Scene((_thing("green", "triangle", "center"),)),
-    "striped_square": Scene((_thing("blue", "square", "center", "striped"),)),
+    "striped_square": Scene((_thing("blue", "square", "center", "striped"),), FILLED_SCALE),
 }
 
 
