@@ -98,7 +98,7 @@ def curl_line(url: str, adapters: Sequence[str], picture: Path | None, has_keys:
         return f"""{head}'{body}"Hello! Who are you?"}}]}}'"""
     kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else picture.suffix.lower().lstrip(".")
     before = f'{body}[{{"type":"image_url","image_url":{{"url":"data:image/{kind};base64,'
-    after = '"}},{"type":"text","text":"What is in the picture?"}]}]}'
+    after = '"}},{"type":"text","text":"What do you see?"}]}]}'
     data = f"\"$(base64 < {shlex.quote(str(picture))} | tr -d '\\n')\""
     return f"{head}'{before}'{data}'{after}'"
 
