@@ -75,10 +75,6 @@ class GrammarState:
         """Nothing but an end token may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
-    @property
-    def may_end(self) -> bool:
-        return bool(self._matcher.is_accepting())
-
 
 class Grammar:
     """Compiled, immutable, shared by all sequences that ask for it; any thread may start one."""
