@@ -1,0 +1,58 @@
+"""Held-out loss: mean cross entropy over all labels of the held-out rows, with the adapter and without.
+
+The mean is over labels, not over rows or batches, as training's own loss is; so batches of any size give the same.
+
+Owns: the mean. Does not know: how rows become batches, how the model is made. Place in a training run: before the
+Generator takes the base's linears.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from torch import Tensor
+
+from training.batch import Batch
+from training.evaluation.errors import EvaluationError
+from training.formats import Conversation
+
+Losses = Callable[[Sequence[Conversation], bool], float]
+"""(rows, with_adapter) -> nats per label."""
+
+
+class LossModel(Protocol):
+    """What is asked of ``training.model.AdaptedBase``."""
+
+    def label_losses(self, batch: Batch) -> Tensor:
+        """[num_labels] float32, no gradient."""
+        ...
+
+    def disabled(self) -> AbstractContextManager[object]:
+        """Inside, the base's own losses."""
+        ...
+
+
+class HeldOutLoss:
+    """Fits ``Losses``."""
+
+    def __init__(
+        self, model: LossModel, batches: Callable[[Sequence[Conversation]], Iterable[Batch]]
+    ) -> None:
+        """``batches`` collates rows without augmentation, on the model's device."""
+        self._model, self._batches = model, batches
+
+    def __call__(self, rows: Sequence[Conversation], with_adapter: bool) -> float:
+        """Raises EvaluationError when no row has a label."""
+        sums: list[float] = []
+        count = 0
+        with nullcontext() if with_adapter else self._model.disabled():
+            for batch in self._batches(rows):
+                losses = self._model.label_losses(batch)
+                sums.append(float(losses.double().sum()))
+                count += losses.numel()
+        if not count:
+            raise EvaluationError("the held-out rows have no labels: there is nothing to compute a loss on")
+        return math.fsum(sums) / count
