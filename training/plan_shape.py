@@ -125,8 +125,10 @@ def known_shape(name: str) -> BaseShape | None:
 
 
 def shape_of(config: Qwen2_5_VLConfig, name: str) -> BaseShape:
-    """The shape in a configuration that transformers has read; ``name`` is for showing."""
+    """The shape in a configuration that transformers has read; ``name`` is for showing. Raises ValueError."""
     text, vision = config.get_text_config(), config.vision_config
+    if vision is None or isinstance(vision, dict):
+        raise ValueError("the configuration has no vision part; is it a Qwen2.5-VL's?")
     heads = int(text.num_attention_heads)
     return BaseShape(
         name=name,

@@ -157,14 +157,14 @@ def test_what_is_not_there_or_more_than_was_meant_is_refused(recipe: Recipe, say
 
 def test_a_part_can_be_taken_alone() -> None:
     targets = resolve_targets_on(Recipe(preset=("language", "merger")), SEVEN.sites())
-    merger = targets.narrowed(("merger",))
+    merger = targets.narrowed({"merger"})
     assert merger.counts() == {"merger": 2}
     assert {name for name in SEVEN.sites() if re.fullmatch(merger.pattern, name)} == {
         "model.visual.merger.mlp.0",
         "model.visual.merger.mlp.2",
     }
     with pytest.raises(TargetsError, match="it has language, merger"):
-        targets.narrowed(("vision",))
+        targets.narrowed({"vision"})
 
 
 def test_the_number_of_trainable_numbers_is_rank_times_widths() -> None:
