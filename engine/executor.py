@@ -86,6 +86,9 @@ class Executor:
             self._prompt_logprobs(c, rows) for c, rows in zip(plan.chunks, logits, strict=True)
         ]
         yielding = [i for i, chunk in enumerate(plan.chunks) if chunk.yields_token]
+        for i in yielding:
+            if (on_logits := plan.chunks[i].sequence.request.on_logits) is not None:
+                on_logits(logits[i][-1])
         sampled = self._sampler.sample(
             [logits[i][-1] for i in yielding], [plan.chunks[i].sequence.sampler for i in yielding]
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from adapters.ref import AdapterRef
 from base.prompt import PromptInputs
@@ -25,3 +28,6 @@ class GenerationRequest:
     total_timeout_s: float | None = None
     prompt_logprobs: int | None = None
     """With completions' ``echo`` and ``logprobs``: alternatives to report for each prompt token."""
+    on_logits: Callable[[Tensor], None] | None = None
+    """For offline judging: called on the engine's thread with the logits [V] float32 that choose each token, before
+    anything of sampling touches them. A view of the step's own tensor: copy what is to be kept. No wire sets it."""
