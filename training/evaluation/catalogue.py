@@ -7,6 +7,7 @@ after it by whoever writes a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -61,6 +62,11 @@ def measure(name: str) -> Measure:
     if found is None:
         raise MetricError(f"there is no metric {name!r}; known are {', '.join(MEASURES)}")
     return found
+
+
+def json_number(value: float | None) -> float | None:
+    """None for infinities and what is no number: JSON has no word for them."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def chosen_metrics(asked: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from training.evaluation.catalogue import MEASURES, measure
+from training.evaluation.catalogue import MEASURES, json_number, measure
 from training.evaluation.errors import GateError, MetricError
 
 _TOLERANCE: Final = 1e-9
@@ -82,7 +82,7 @@ class RuleOutcome:
     def as_json(self) -> dict[str, object]:
         return {
             "rule": self.rule, "metric": self.metric, "passed": self.passed,
-            "value": self.value, "bound": self.bound, "base": self.base,
+            "value": json_number(self.value), "bound": json_number(self.bound), "base": json_number(self.base),
         }  # fmt: skip
 
 

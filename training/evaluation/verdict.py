@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.evaluation.catalogue import MEASURES, Measure
+from training.evaluation.catalogue import MEASURES, Measure, json_number
 from training.evaluation.files import write_whole
 from training.evaluation.gate import GateResult
 from training.evaluation.general import GeneralAbility
@@ -83,7 +83,7 @@ class Verdict:
         """All but the single answers, which have a file of their own."""
         return {
             "passed": self.passed,
-            "scores": {"adapter": dict(self.adapter), "base": dict(self.base)},
+            "scores": {"adapter": _numbers(self.adapter), "base": _numbers(self.base)},
             "gate": self.gate.as_json(),
             "rows": self.num_rows,
             "answered": len(self.answers),
@@ -125,3 +125,7 @@ class Verdict:
             f"{mark}gate: {outcome}",
             *(f"{mark}  {line}" if not mark else mark + line for line in self.gate.lines),
         ]
+
+
+def _numbers(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: json_number(value) for name, value in scores.items()}
