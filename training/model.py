@@ -1,0 +1,269 @@
+"""AdaptedBase: the resident base with one adapter that learns; batches in, summed losses out.
+
+Owns: the order in which the base's modules are called for training, and what has a graph: the adapter, and nothing
+that comes before it. The head runs on the positions that predict a label and on no other. Numbers are those of the
+serving path: the same modules, attention by the same kernel, positions as the server makes them.
+
+    ids -> embeddings <- pictures (`sight.py`); language layers over the packed row; final norm; rows that predict a
+    label -> head -> cross entropy in fp32, summed
+
+Does not know: steps, optimizers, files' formats beyond PEFT's folder. Place in a training run: the middle of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from base.model import BaseModel
+from training.adapter_files import save_adapter
+from training.adapter_layers import AdapterLayers, lora_config
+from training.attention import attention, set_attention, use_segments
+from training.batch import Batch
+from training.labels import IGNORED
+from training.loading import load_training_base
+from training.recipe import Part, Recipe
+from training.sight import Sight
+from training.targets import Targets
+
+__all__ = ["AdaptedBase", "SummedLoss", "load_training_base"]
+
+HEAD_ROWS: Final = 256
+"""Most rows that go through the head at once; a vocabulary of 152k makes 150 MiB of fp32 logits of them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SummedLoss:
+    """Of one batch. Divide by the labels of a whole step, not of a batch, for a token-exact mean."""
+
+    total: Tensor  # scalar float32: sum of the cross entropy over labels
+    num_labels: int
+
+
+class AdaptedBase(nn.Module):
+    """One base, one adapter. Adapter weights are fp32, the base's own stay as they are, to the bit."""
+
+    def __init__(self, base: BaseModel, targets: Targets, recipe: Recipe) -> None:
+        """Attaches the adapter to ``base`` in place; its first forward pass equals the base's to the bit.
+
+        Raises ValueError if the base has adapters attached already.
+        """
+        super().__init__()
+        self.base = base
+        self.targets = targets
+        self._layers = AdapterLayers(base, targets, recipe.seed)
+        self.peft: PeftModel = self._layers.peft
+        keeps = recipe.augment == "none"  # an augmented picture never comes again
+        self._sight = Sight(base, (recipe.vision_cache_mib << 20) if keeps else 0)
+        self._served_attention = use_segments(base.module)
+        self._version = 0
+        if recipe.activation_checkpointing:
+            _checkpoint_activations(base.module)
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> SummedLoss:
+        """Differentiable in the adapter's learning weights. Raises ValueError for a batch that cannot be learnt."""
+        losses = self._losses(batch)
+        return SummedLoss(losses.sum(), losses.numel())
+
+    @torch.no_grad()
+    def label_losses(self, batch: Batch) -> Tensor:
+        """[num_labels] float32, without dropout, in the order of the labels."""
+        with self._judging():
+            return self._losses(batch)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[T, V] float32, without dropout: large, for proofs."""
+        with self._judging():
+            return self.base.logits(self._hidden(batch))
+
+    def _losses(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.base.device.type, enabled=False):
+            batch = batch.to(self.base.device)
+            labelled = _label_positions(batch)
+            hidden = self._hidden(batch)[labelled - 1]
+            targets = batch.labels[labelled]
+            pairs = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+            return torch.cat([self._head_losses(*pair, is_only=len(labelled) <= HEAD_ROWS) for pair in pairs])
+
+    def _head_losses(self, hidden: Tensor, targets: Tensor, is_only: bool) -> Tensor:
+        """[N] cross entropies. Of several pieces, each one's logits are made again for the gradient, not kept."""
+        if is_only or not hidden.requires_grad:
+            return self._cross_entropies(hidden, targets)
+        result: Tensor = checkpoint(self._cross_entropies, hidden, targets, use_reentrant=False)
+        return result
+
+    def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(self.base.module.lm_head(hidden).float(), targets, reduction="none")
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[T, H], final-normed."""
+        self._check_on()
+        batch = batch.to(self.base.device)
+        if batch.positions.shape != (3, batch.num_tokens):
+            # transformers would take others for plain text, in silence
+            raise ValueError(f"positions are [3, T], not {list(batch.positions.shape)}")
+        output = self.base.module.model.language_model(
+            inputs_embeds=self._embeds(batch).unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(1),
+            attention_mask={"full_attention": None},  # ready-made: nothing is built, starts say it all
+            use_cache=False,
+            starts=batch.starts,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _embeds(self, batch: Batch) -> Tensor:
+        """[T, H]: tokens, and the pictures at image tokens."""
+        embeds = self.base.embed_tokens(batch.ids)
+        places = (batch.ids == self.base.spec.image_token_id).nonzero().squeeze(1)
+        if not batch.grids and not len(places):
+            return embeds
+        images = self._sight.embed(
+            batch.pixels, batch.grids, batch.digests, self._learning(), self._variant()
+        )
+        if len(images) != len(places):
+            raise ValueError(
+                f"{len(places)} image tokens for pictures of {len(images)}: the batch is not whole"
+            )
+        return embeds.index_copy(0, places, images.to(embeds.dtype))
+
+    def _learning(self) -> frozenset[Part]:
+        return self._layers.learning if self._layers.is_enabled else frozenset()
+
+    def _variant(self) -> str:
+        """What a kept picture came from, besides its pixels."""
+        return f"{self._version}" if self._layers.is_enabled else "base"
+
+    def _check_on(self) -> None:
+        if not self._layers.is_on:
+            raise RuntimeError("the adapter is off this base: it was detached, or the bare base is in use")
+
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        """Without dropout, and back."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    # ---- the adapter -------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What learns at present, by its name among ``named_parameters``."""
+        return {
+            f"peft.{name}": parameter
+            for name, parameter in self._layers.parameters().items()
+            if parameter.requires_grad
+        }
+
+    def part_of(self, parameter_name: str) -> Part:
+        """The part that a parameter of the adapter belongs to. Raises KeyError for any other."""
+        return self._layers.part_of(parameter_name)
+
+    @property
+    def learning(self) -> frozenset[Part]:
+        return self._layers.learning
+
+    def set_trained_parts(self, parts: Collection[Part]) -> None:
+        """Only these learn from now on; the others keep what they know, and act. Raises ValueError."""
+        self._layers.learn(parts)
+        self._forget_pictures()
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter's weights: copies on the CPU, fp32, named as in PEFT's file."""
+        return self._layers.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put ``state`` in their place. Raises ValueError unless it is of this very adapter."""
+        self._layers.load_state(state)
+        self._forget_pictures()
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the plain PEFT folder that stock PEFT and our server load. Each file appears whole or not at all."""
+        save_adapter(folder, lora_config(self.targets, self.base), self.state(), dtype)
+
+    def _forget_pictures(self) -> None:
+        self._version += 1
+        self._sight.store.clear()
+
+    # ---- the base ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the base has its own linears and serving attention again, and may be given to an engine.
+
+        The engine must be closed inside too: raises RuntimeError otherwise.
+        """
+        self._check_on()
+        was_training = self.training
+        self.eval()
+        self._layers.take_off()
+        try:
+            with attention(self.base.module, self._served_attention):
+                yield
+        finally:
+            self._layers.put_on()
+            self.train(was_training)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the adapter has no effect: losses and logits are the base's own."""
+        with self._layers.disabled():
+            yield
+
+    def detach(self) -> None:
+        """Leave the base for good, as it was to the bit. The weights stay readable. Idempotent."""
+        if not self._layers.is_on:
+            return
+        self.eval()
+        self._layers.take_off()
+        set_attention(self.base.module, self._served_attention)
+        _keep_activations(self.base.module)
+        self._sight.store.clear()
+        if hasattr(self.base.module, "peft_config"):
+            del self.base.module.peft_config
+
+
+def _label_positions(batch: Batch) -> Tensor:
+    """[num_labels] int64 into T. Raises ValueError when there is none, or one that no token comes before."""
+    positions = (batch.labels != IGNORED).nonzero().squeeze(1)
+    if not len(positions):
+        raise ValueError(f"no label in the batch of {_origins(batch)}: its loss would be no number")
+    starts = torch.tensor(batch.starts[:-1], device=positions.device)
+    if bool(torch.isin(positions, starts).any()):
+        raise ValueError(f"a sequence of {_origins(batch)} begins with a label, which nothing predicts")
+    return positions
+
+
+def _origins(batch: Batch) -> str:
+    return ", ".join(map(str, batch.origins))
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    """Each layer keeps its input alone and is computed again for its gradient."""
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def _keep_activations(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = False
