@@ -7,6 +7,7 @@ Place in a training run: made at attaching, kept to the end.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from base.linear import dequantised_weight
 from base.model import BaseModel
@@ -23,6 +25,25 @@ from training.targets import Targets
 
 ADAPTER: Final = "default"
 _WRAPPER: Final = "base_model.model."
+
+
+class ScaledLinear(nn.Linear):
+    """PEFT's ``lora_B`` with the scale folded in before the product, as the server does, instead of after it.
+
+    So scales that are no power of two round alike here and there; and what is multiplied is the small factor.
+    """
+
+    def __init__(self, weight: nn.Parameter, scale: float) -> None:
+        """``weight`` [out, r], kept."""
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = None
+        self.scale: Final = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., r] -> [..., out]"""
+        return functional.linear(x, self.weight * self.scale)
 
 
 class AdapterLayers:
@@ -38,7 +59,8 @@ class AdapterLayers:
             name: self.module.get_submodule(name) for name in names
         }
         _check_bare(self.linears)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
             torch.manual_seed(seed)
             self.peft = PeftModel(self.module, lora_config(targets, base), ADAPTER)
         self.layers: Final[Mapping[str, LoraLayer]] = self._wrapped()
@@ -62,6 +84,8 @@ class AdapterLayers:
         for name, layer in self.layers.items():
             for parameter in _adapter_parameters(layer).values():
                 parameter.data = parameter.data.float()
+            layer.lora_B[ADAPTER] = ScaledLinear(layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+            layer.scaling[ADAPTER] = 1.0
             if self.targets.dora:
                 weight = dequantised_weight(self.linears[name])
                 layer.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
