@@ -61,6 +61,7 @@ def _draw_bars(axes: Axes, table: SweepTable) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlabel(_label(table))
+    axes.set_title("green: best; grey: below the gate", fontsize=9)
 
 
 def _color(table: SweepTable, row: SweepRow) -> str:

@@ -175,8 +175,9 @@ class SweepTable:
         if best is None:
             return f"no experiment has {title}"
         way = "highest" if measure(self.best_by).is_better_higher else "lowest"
-        among = "" if best.result and best.result.passed else "; no experiment passes the gate"
-        return f"best: {best.experiment.name}, by {way} {title}, ties by held-out loss{among}"
+        has_passed = best.result is not None and best.result.passed
+        among = "of those that pass the gate" if has_passed else "though none passes the gate"
+        return f"best: {best.experiment.name}, by {way} {title} {among}; ties by held-out loss"
 
 
 def shown_bytes(num_bytes: int) -> str:

@@ -47,9 +47,13 @@ class Sample:
         }  # fmt: skip
 
     def panel(self) -> Panel:
-        picture = self.question.pictures[0].open().image if self.question.pictures else None
+        pictures = self.question.pictures
+        first = pictures[0].open().image if pictures else None
+        asked = (
+            self.question.text if len(pictures) < 2 else f"[first of {len(pictures)}] {self.question.text}"
+        )
         is_right = plain(self.adapter) == plain(self.question.gold)
-        return Panel(picture, self.question.text, self.question.gold, self.base, self.adapter, is_right)
+        return Panel(first, asked, self.question.gold, self.base, self.adapter, is_right)
 
 
 class SampleBook:

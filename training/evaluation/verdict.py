@@ -64,9 +64,9 @@ class Verdict:
 
     def text(self) -> str:
         """For a terminal."""
-        lines = [f"{'':38} {'adapter':>9} {'base':>9} {'difference':>10}  unit"]
+        lines = [f"{'':40} {'adapter':>9} {'base':>9} {'difference':>10}  unit"]
         lines += [
-            f"{found.title:38} {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}  {found.unit}"
+            f"{found.title:40} {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}  {found.unit}"
             for found, cells in self._table()
         ]
         lines.append(self._counted())
