@@ -26,6 +26,7 @@ from training.evaluation.catalogue import measure
 from training.evaluation.files import write_whole
 from training.recipe import Recipe
 from training.sweep_grid import Experiment, SweepError, experiments_of, parse_axis, read_axes
+from training.sweep_plot import draw_sweep
 from training.sweep_table import ExperimentResult, SweepRow, SweepTable
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SweepError",
     "SweepRow",
     "SweepTable",
+    "draw_sweep",
     "experiments_of",
     "parse_axis",
     "read_axes",
@@ -82,7 +84,7 @@ def run_sweep(
         table.write(folder)
         if on_row is not None:
             on_row(row)
-    table.plot(folder / "sweep.png")
+    draw_sweep(table, folder / "sweep.png")
     return table
 
 

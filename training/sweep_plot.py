@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from training.evaluation.catalogue import measure
+from training.sweep_table import SweepRow, SweepTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from training.sweep_table import SweepRow, SweepTable
 
 _BEST, _PASSES, _BELOW, _FAILED = "#137333", "#8ab4f8", "#dadce0", "#a50e0e"
 _ROW_INCHES: Final = 0.34

@@ -1,4 +1,4 @@
-"""SweepTable: a sweep's experiments side by side, the best marked, as text, Markdown, JSON and a plot.
+"""SweepTable: a sweep's experiments side by side, the best marked, as text, Markdown and JSON.
 
 ``experiment | r | alpha | (other keys of the grid) | BLEU | tokens/s | peak memory | verdict``; where the best is
 chosen by another number than BLEU, that number's column stands behind BLEU's.
@@ -6,7 +6,7 @@ chosen by another number than BLEU, that number's column stands behind BLEU's.
 The best is the one with the best number among those that passed the gate (among all that finished, if none passed);
 equal numbers are told apart by the lower held-out loss, then by order.
 
-Owns: those values, the choice, the writing. Does not know: how an experiment is run.
+Owns: those values, the choice, the writing. Does not know: how an experiment is run, the plot.
 """
 
 from __future__ import annotations
@@ -130,12 +130,6 @@ class SweepTable:
             "best_by": self.best_by,
             "rows": [row.as_json() for row in self.rows],
         }
-
-    def plot(self, path: Path) -> None:
-        """A PNG: each experiment's number, and how it goes with the grid's first numeric key."""
-        from training.sweep_plot import draw_sweep
-
-        draw_sweep(self, path)
 
     def write(self, folder: Path) -> None:
         """``sweep.txt``, ``sweep.md``, ``sweep.json``."""

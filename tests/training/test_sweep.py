@@ -18,6 +18,7 @@ from training.sweep import (
     SweepError,
     SweepRow,
     SweepTable,
+    draw_sweep,
     experiments_of,
     parse_axis,
     read_axes,
@@ -270,7 +271,7 @@ def test_another_number_to_choose_by_has_its_column() -> None:
 @pytest.mark.parametrize("outcomes", [(result(1), "broken", result(3)), ("broken",), (result(1),)])
 def test_the_plot_is_drawn(tmp_path: Path, outcomes: tuple[ExperimentResult | str, ...]) -> None:
     path = tmp_path / "sweep.png"
-    table_of(*outcomes).plot(path)
+    draw_sweep(table_of(*outcomes), path)
     with Image.open(path) as image:
         assert image.format == "PNG" and image.width > 500
         has_lines = len([one for one in outcomes if not isinstance(one, str)]) > 1
