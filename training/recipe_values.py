@@ -39,7 +39,7 @@ class ValueRefused(ValueError):
 
 
 @cache
-def hints_of(owner: type[Recipe] | type[PartRecipe] | type[Stage]) -> dict[str, object]:
+def hints_of(owner: type) -> dict[str, object]:
     """Field -> type, with those that need torch to import replaced by the names that they take."""
     return get_type_hints(owner, localns={"Format": FormatName, "OnBad": OnBadName})
 
@@ -185,7 +185,8 @@ def _within(doc: FieldDoc, number: float) -> float:
     )
     broken = [limit for is_kept, limit in limits if not is_kept]
     if broken:
-        raise ValueRefused(f"is {shown(number)}; it must be {broken[0]} ({doc.unit})")
+        was = f"{number:g}" if isinstance(number, float) else shown(number)
+        raise ValueRefused(f"is {was}; it must be {broken[0]} ({doc.unit})")
     return number
 
 
