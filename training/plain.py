@@ -26,7 +26,7 @@ from adapters.sites import Part, Site
 from adapters.validation import Limits, PackageReport, check_package, read_manifest
 from adapters.weights import AdapterWeights, load_weights
 
-ANY_SIZE = Limits(*[2**63 - 1] * 5)
+ANY_SIZE = Limits(max_rank=2**31, max_package_bytes=2**40)
 """A person's own file on a person's own machine: whether a server takes it is that server's to say."""
 
 
