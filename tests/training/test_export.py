@@ -161,7 +161,7 @@ def test_samples_merge_into_the_pocket_base_and_the_server_loads_them(sample: st
 
 
 def test_over_tolerance_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ExportRefused, match="the merged model is not base and adapter.*--dtype float32"):
+    with pytest.raises(ExportRefused, match=r"the merged model is not base and adapter.*--dtype float32"):
         export(SAMPLES / "french", tmp_path / "merged", tolerance=1e-5)
     assert leftovers(tmp_path) == []
 
@@ -173,7 +173,7 @@ def test_adapter_that_rounding_would_lose_is_refused_and_fp32_keeps_it(
     faint = {name: tensor * (1e-3 if "lora_B" in name else 1) for name, tensor in tensors_of(package).items()}
     rewrite(package, tensors=faint)
     base = str(checkpoints["today"])
-    with pytest.raises(ExportRefused, match="rounding loses the adapter.*--dtype float32"):
+    with pytest.raises(ExportRefused, match=r"rounding loses the adapter.*--dtype float32"):
         export(package, tmp_path / "merged", base=base)
     report = export(package, tmp_path / "merged", base=base, dtype=torch.float32)
     assert report.logits is not None
@@ -203,7 +203,7 @@ def test_small_change_is_lost_in_nf4_and_kept_in_bf16() -> None:
     scale = 0.005 * float(base.float().norm()) / float((b @ a).norm())
     merged = merged_weight(base, SiteWeights(a, b * scale, None))
     again = bnb.dequantize_4bit(*bnb.quantize_4bit(merged.bfloat16(), quant_type="nf4"))
-    assert figure("site", base, merged, again).kept < 0.2
+    assert figure("site", base, merged, again).kept < 0.1
     assert figure("site", base, merged, merged.bfloat16()).kept > 0.9
 
 
