@@ -10,10 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, cast
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,10 +36,8 @@ class ScaledLinear(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, scale: float) -> None:
         """``weight`` [out, r], kept."""
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = weight
-        self.bias = None
         self.scale: Final = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +62,7 @@ class AdapterLayers:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
             torch.manual_seed(seed)
             self.peft = PeftModel(self.module, lora_config(targets, base), ADAPTER)
-        self.layers: Final[Mapping[str, LoraLayer]] = self._wrapped()
+        self.layers: Final[Mapping[str, LoraLinear]] = self._wrapped()
         self.is_on = True
         self.is_enabled = True
         self._parts = {target.name: target.part for target in targets.modules}
@@ -71,8 +70,12 @@ class AdapterLayers:
         self._settle_weights()
         self.learn(targets.parts)
 
-    def _wrapped(self) -> dict[str, LoraLayer]:
-        wrapped = {name: child for name, child in self.module.named_modules() if isinstance(child, LoraLayer)}
+    def _wrapped(self) -> dict[str, LoraLinear]:
+        wrapped = {
+            name: cast("LoraLinear", child)  # or its 4-bit twin, which has the same members
+            for name, child in self.module.named_modules()
+            if isinstance(child, LoraLayer)
+        }
         if wrapped.keys() != self.linears.keys():
             odd = sorted(wrapped.keys() ^ self.linears.keys())
             raise ValueError(f"PEFT wrapped other modules than the targets, such as {odd[0]}: report this")
@@ -84,11 +87,13 @@ class AdapterLayers:
         for name, layer in self.layers.items():
             for parameter in _adapter_parameters(layer).values():
                 parameter.data = parameter.data.float()
-            layer.lora_B[ADAPTER] = ScaledLinear(layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+            weight_b = layer.get_parameter(f"lora_B.{ADAPTER}.weight")
+            layer.lora_B[ADAPTER] = ScaledLinear(weight_b, layer.scaling[ADAPTER])
             layer.scaling[ADAPTER] = 1.0
             if self.targets.dora:
                 weight = dequantised_weight(self.linears[name])
-                layer.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
+                magnitude = layer.get_parameter(f"lora_magnitude_vector.{ADAPTER}.weight")
+                magnitude.copy_(torch.linalg.norm(weight, dim=1))
 
     # ---- what learns -------------------------------------------------------------------------------------------
 
@@ -137,7 +142,7 @@ class AdapterLayers:
                 raise RuntimeError(
                     f"{name} is still wrapped by a serving engine: close it before training goes on"
                 )
-        self._put({name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Module)})
+        self._put(self.layers)
         self.is_on = True
 
     def _put(self, modules: Mapping[str, nn.Module]) -> None:
@@ -209,9 +214,7 @@ def file_key(parameter_name: str) -> str:
     return key.removesuffix(".weight") if "lora_magnitude_vector" in key else key
 
 
-def _adapter_parameters(layer: LoraLayer) -> dict[str, nn.Parameter]:
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"{type(layer).__name__} is no module")
+def _adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each for name, each in layer.named_parameters() if name.startswith("lora_")}
 
 

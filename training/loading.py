@@ -17,7 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from base.config import BaseConfig
-from base.linear import dequantised_weight, four_bit_names
+from base.linear import dequantised_weight
 from base.loader import load_base
 from base.model import BaseModel
 from training.recipe import Recipe
@@ -35,10 +35,10 @@ class FrozenLinear(nn.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """``weight`` [out, in] float32, ``bias`` [out]; both are kept, not copied."""
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
 
 
 def load_training_base(recipe: Recipe, device: str = "auto") -> BaseModel:
@@ -75,12 +75,10 @@ def _multiplies_bf16(device: str) -> bool:
 
 def keep_dequantised(module: nn.Module, max_bytes: int = DEQUANTISED_BYTES_LIMIT) -> None:
     """Replace each 4-bit linear below ``module`` by a FrozenLinear of the same values, if all together fit."""
-    names = four_bit_names(module)
-    linears = [module.get_submodule(name) for name in names]
-    num_bytes = sum(4 * linear.in_features * linear.out_features for linear in linears)  # type: ignore[operator]
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, Linear4bit)}
+    num_bytes = sum(4 * linear.in_features * linear.out_features for linear in linears.values())
     if num_bytes > max_bytes:
-        logger.info("train.linears unpacked=%d bytes_if_kept=%d limit=%d", len(names), num_bytes, max_bytes)
+        logger.info("train.linears unpacked=%d bytes_if_kept=%d limit=%d", len(linears), num_bytes, max_bytes)
         return
-    for name, linear in zip(names, linears, strict=True):
-        if isinstance(linear, Linear4bit):
-            module.set_submodule(name, FrozenLinear(dequantised_weight(linear), linear.bias))
+    for name, linear in linears.items():
+        module.set_submodule(name, FrozenLinear(dequantised_weight(linear), linear.bias))

@@ -260,7 +260,8 @@ def _checkpoint_activations(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            recompute: object = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]  # modules hold functions too
 
 
 def _keep_activations(module: nn.Module) -> None:
