@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.processor import Processor
 from tests.training.judged import ADAPTER, ScriptedGenerator, always, color_rows, read, seeing, text_rows
+from tests.training.learnable import make_base
 from tests.training.rows import ROWS, put_pictures
 from training.batch import Batch
 from training.evaluation import (
@@ -28,13 +29,16 @@ from training.evaluation import (
     answers,
     check_judging,
     evaluate,
+    unaugmented,
 )
 from training.evaluation.general import PLAIN_PROMPTS, POCKET, POCKET_PROMPTS, general_prompts
 from training.evaluation.questions import questions_of
 from training.evaluation.sheet import MAX_LINES, Panel, draw_sheet
 from training.formats import Conversation
 from training.labels import Labeller
+from training.model import AdaptedBase
 from training.recipe import Recipe
+from training.targets import resolve_targets
 
 NO_GENERAL = Judging(general=())
 
@@ -371,6 +375,26 @@ def test_without_rows_there_is_nothing_to_judge(processor: Processor) -> None:
     generator = ScriptedGenerator(processor, always("a"), always("b"))
     with pytest.raises(EvaluationError, match="no held-out rows"):
         evaluate(lambda: nullcontext(generator), processor, [], ADAPTER, Judging())
+
+
+def test_the_adapted_base_gives_the_loss_of_both_whatever_the_batches(
+    tmp_path: Path, processor: Processor
+) -> None:
+    base = make_base()
+    recipe = Recipe(preset=("language",), r=4, dropout=0.0)
+    model = AdaptedBase(base, resolve_targets(recipe, base.module), recipe)
+    rows, labeller = color_rows(tmp_path, base.processor, 5), Labeller(base.processor)
+    before = HeldOutLoss(model, unaugmented(labeller, 2))(rows, True)
+    for name, weight in model.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapter, again, plain = (
+        HeldOutLoss(model, unaugmented(labeller, micro_batch))(rows, with_adapter)
+        for micro_batch, with_adapter in ((2, True), (5, True), (3, False))
+    )
+    assert adapter == pytest.approx(again, rel=1e-5)
+    assert plain == pytest.approx(before, rel=1e-5)  # untrained, it is the base
+    assert abs(adapter - plain) > 1e-3
 
 
 # ---- samples

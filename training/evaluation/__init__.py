@@ -4,7 +4,7 @@ from training.evaluation.answers import AnswerMemory, Progress, Quiet
 from training.evaluation.errors import EvaluationError, GateError, MetricError
 from training.evaluation.gate import GateResult
 from training.evaluation.judge import Judging, OpenGenerator, check_judging, evaluate
-from training.evaluation.loss import HeldOutLoss, Losses
+from training.evaluation.loss import HeldOutLoss, Losses, unaugmented
 from training.evaluation.samples import Sample, SampleBook
 from training.evaluation.verdict import Verdict
 
@@ -25,4 +25,5 @@ __all__ = [
     "Verdict",
     "check_judging",
     "evaluate",
+    "unaugmented",
 ]

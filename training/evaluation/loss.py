@@ -2,25 +2,28 @@
 
 The mean is over labels, not over rows or batches, as training's own loss is; so batches of any size give the same.
 
-Owns: the mean. Does not know: how rows become batches, how the model is made. Place in a training run: before the
+Owns: the mean. Does not know: how the model is made. Place in a training run: before the
 Generator takes the base's linears.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
 
 from training.batch import Batch
+from training.collator import Collator, Examples
 from training.evaluation.errors import EvaluationError
 from training.formats import Conversation
+from training.labels import Labeller
 
 Losses = Callable[[Sequence[Conversation], bool], float]
 """(rows, with_adapter) -> nats per label."""
+Batches = Callable[[Sequence[Conversation]], Iterable[Batch]]
 
 
 class LossModel(Protocol):
@@ -38,10 +41,8 @@ class LossModel(Protocol):
 class HeldOutLoss:
     """Fits ``Losses``."""
 
-    def __init__(
-        self, model: LossModel, batches: Callable[[Sequence[Conversation]], Iterable[Batch]]
-    ) -> None:
-        """``batches`` collates rows without augmentation, on the model's device."""
+    def __init__(self, model: LossModel, batches: Batches) -> None:
+        """``batches`` are made without augmentation: ``unaugmented(labeller, recipe.micro_batch)``."""
         self._model, self._batches = model, batches
 
     def __call__(self, rows: Sequence[Conversation], with_adapter: bool) -> float:
@@ -56,3 +57,15 @@ class HeldOutLoss:
         if not count:
             raise EvaluationError("the held-out rows have no labels: there is nothing to compute a loss on")
         return math.fsum(sums) / count
+
+
+def unaugmented(labeller: Labeller, micro_batch: int) -> Batches:
+    """Rows as they are, in their order, so many examples at once."""
+    collate = Collator(labeller)
+
+    def batches(rows: Sequence[Conversation]) -> Iterator[Batch]:
+        examples = Examples(rows, labeller)
+        for first in range(0, len(examples), micro_batch):
+            yield collate([examples[i] for i in range(first, min(first + micro_batch, len(examples)))])
+
+    return batches

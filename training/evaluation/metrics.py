@@ -57,11 +57,11 @@ def json_valid(answer: str, gold: str = "") -> float:
 
 
 def bleu(answers: Sequence[str], golds: Sequence[str]) -> float:
-    return float(_bleu().corpus_score(list(answers), [list(golds)]).score)
+    return min(100.0, float(_bleu().corpus_score(list(answers), [list(golds)]).score))
 
 
 def chrf(answers: Sequence[str], golds: Sequence[str]) -> float:
-    return float(_chrf().corpus_score(list(answers), [list(golds)]).score)
+    return min(100.0, float(_chrf().corpus_score(list(answers), [list(golds)]).score))
 
 
 def scores(names: Sequence[str], answers: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
