@@ -37,16 +37,25 @@ class NameRecord:
 
     name: str
     current: int
+    """0 while no version has been promoted: then the bare name means nothing."""
     is_pinned: bool
     is_enabled: bool
     versions: tuple[VersionRecord, ...]
+    history: tuple[int, ...] = ()
+    """What was current before, the latest last; versions that are removed may still stand in it."""
 
     def version(self, number: int) -> VersionRecord | None:
         return next((record for record in self.versions if record.ref.version == number), None)
 
     @property
-    def head(self) -> VersionRecord:
-        return next(record for record in self.versions if record.ref.version == self.current)
+    def head(self) -> VersionRecord | None:
+        return self.version(self.current)
+
+    @property
+    def previous(self) -> VersionRecord | None:
+        """What a rollback would make current."""
+        found = (self.version(number) for number in reversed(self.history) if number != self.current)
+        return next((record for record in found if record is not None), None)
 
     def select(self, selector: str) -> VersionRecord | None:
         """The version that ``3`` or ``sha256:<at least 8 hex digits>`` names."""
@@ -59,13 +68,26 @@ class NameRecord:
         return matches[0] if len(matches) == 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class AliasRecord:
+    """A further name, and the one version of one adapter that it means."""
+
+    alias: str
+    name: str
+    version: int
+    history: tuple[tuple[str, int], ...] = ()
+    """What it meant before, the latest last."""
+
+
 class Catalogue:
     """Not thread-safe."""
 
-    def __init__(self, records: Iterable[NameRecord] = ()) -> None:
+    def __init__(self, records: Iterable[NameRecord] = (), aliases: Iterable[AliasRecord] = ()) -> None:
         self._records = {record.name: record for record in records}
-        self._forwards = sorted(self._records)
-        self._backwards = sorted(name[::-1] for name in self._records)
+        self._aliases = {alias.alias: alias for alias in aliases}
+        known = (*self._records, *self._aliases)
+        self._forwards = sorted(known)
+        self._backwards = sorted(name[::-1] for name in known)
         self._digests = Counter(version.ref.digest for record in self for version in record.versions)
 
     def __iter__(self) -> Iterator[NameRecord]:
@@ -82,20 +104,35 @@ class Catalogue:
         version = record.version(ref.version) if record else None
         return version if version and version.ref == ref else None
 
+    def alias(self, alias: str) -> AliasRecord | None:
+        return self._aliases.get(alias)
+
+    def aliases(self) -> list[AliasRecord]:
+        return list(self._aliases.values())
+
     def put(self, record: NameRecord) -> None:
         self.drop(record.name)
         self._records[record.name] = record
-        bisect.insort(self._forwards, record.name)
-        bisect.insort(self._backwards, record.name[::-1])
+        self._spell(record.name)
         self._digests.update(version.ref.digest for version in record.versions)
 
+    def put_alias(self, record: AliasRecord) -> None:
+        self.drop(record.alias)
+        self._aliases[record.alias] = record
+        self._spell(record.alias)
+
+    def _spell(self, name: str) -> None:
+        bisect.insort(self._forwards, name)
+        bisect.insort(self._backwards, name[::-1])
+
     def drop(self, name: str) -> None:
-        record = self._records.pop(name, None)
-        if record is None:
+        """Forget a name or an alias, if there is one."""
+        record, alias = self._records.pop(name, None), self._aliases.pop(name, None)
+        if record is None and alias is None:
             return
         self._forwards.pop(bisect.bisect_left(self._forwards, name))
         self._backwards.pop(bisect.bisect_left(self._backwards, name[::-1]))
-        for version in record.versions:
+        for version in () if record is None else record.versions:
             self._digests[version.ref.digest] -= 1
             if not self._digests[version.ref.digest]:
                 del self._digests[version.ref.digest]

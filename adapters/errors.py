@@ -5,6 +5,7 @@ AdapterError
 ├── AdapterNotLoaded       it is registered, and only an explicit load brings it to the device
 ├── InvalidAdapterName     the name may not be given to an adapter
 ├── AdapterExists          the name is taken by other content
+├── NothingToRollBack      the name or alias has meant nothing else before
 ├── AdapterBusy            it is in use and the caller did not want to wait
 ├── AdapterRejected        a package was read and refused (carries a reason of ``RejectReason`` and details)
 ├── SourceRejected         the source may not be read: outside the allowed roots, scheme off, bad URL
@@ -37,6 +38,7 @@ class RejectReason(StrEnum):
     NO_EFFECT = "no_effect"
     DIGEST_MISMATCH = "digest_mismatch"
     PROBE_FAILED = "probe_failed"
+    PROBE_MISMATCH = "probe_mismatch"
 
 
 class AdapterError(Exception):
@@ -66,10 +68,20 @@ class InvalidAdapterName(AdapterError):
 
 
 class AdapterExists(AdapterError):
+    def __init__(
+        self, name: str, why: str = "exists with other content; remove it or choose another name"
+    ) -> None:
+        self.name = name
+        super().__init__(
+            f"an adapter named {name!r} {why}" if why.startswith("exists") else f"{name!r} {why}"
+        )
+
+
+class NothingToRollBack(AdapterError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(
-            f"an adapter named {name!r} exists with other content; remove it or choose another name"
+            f"{name!r} has no earlier version to go back to; promote one of its versions instead"
         )
 
 

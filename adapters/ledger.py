@@ -13,13 +13,26 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from adapters.catalogue import NameRecord, VersionRecord
-from adapters.errors import AdapterError, InsufficientStorage
-from adapters.ledger_rows import SCHEMA, SCHEMA_VERSION, SELECT, ref_of, to_record, to_row
+from adapters import ledger_pointers as pointers
+from adapters.catalogue import AliasRecord, NameRecord, VersionRecord
+from adapters.errors import AdapterError
+from adapters.ledger_errors import ledger_errors
+from adapters.ledger_rows import (
+    FROM_1,
+    NUM_NAME_COLUMNS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SELECT,
+    ref_of,
+    to_alias,
+    to_record,
+    to_row,
+)
 from adapters.validation import PackageReport
 
 _BUSY_TIMEOUT_S = 10.0
@@ -27,9 +40,16 @@ _BUSY_TIMEOUT_S = 10.0
 _CHANGES_KEPT = 1000
 """A server that has missed more than this many changes of another reads everything, in about 0.1 s."""
 
-_STORAGE_CODES = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
-)
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """What a registration came to."""
+
+    number: int
+    is_new: bool
+    """False if the name had this version already, current or not."""
+    has_moved: bool
+    """Whether the name came to mean this version with it."""
 
 
 class Ledger:
@@ -37,7 +57,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        with _storage_errors():
+        with ledger_errors():
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
@@ -55,12 +75,12 @@ class Ledger:
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def last_change(self) -> int:
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             return int(self._connection.execute("SELECT coalesce(max(number), 0) FROM change").fetchone()[0])
 
     def changed_names(self, since: int) -> set[str] | None:
         """Names written after change ``since``; None when so much has changed that all should be read."""
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             rows = self._connection.execute(
                 "SELECT number, name FROM change WHERE number > ?", (since,)
             ).fetchall()
@@ -68,56 +88,99 @@ class Ledger:
         return {name for _, name in rows} if is_whole else None
 
     def records(self) -> list[NameRecord]:
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             rows = self._connection.execute(SELECT + "ORDER BY n.name, v.version").fetchall()
-        return [to_record(list(group)) for _, group in groupby(rows, key=itemgetter(3))]
+        return [to_record(list(group)) for _, group in groupby(rows, key=itemgetter(NUM_NAME_COLUMNS - 1))]
+
+    def aliases(self) -> list[AliasRecord]:
+        with self._lock, ledger_errors():
+            return [to_alias(row) for row in self._connection.execute("SELECT * FROM alias").fetchall()]
+
+    def alias(self, alias: str) -> AliasRecord | None:
+        with self._lock, ledger_errors():
+            row = self._connection.execute("SELECT * FROM alias WHERE alias = ?", (alias,)).fetchone()
+        return None if row is None else to_alias(row)
 
     def record(self, name: str) -> NameRecord | None:
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             rows = self._connection.execute(
                 SELECT + "WHERE n.name = ? ORDER BY v.version", (name,)
             ).fetchall()
         return to_record(rows) if rows else None
 
     def is_referenced(self, digest: str) -> bool:
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             query = "SELECT 1 FROM version WHERE digest = ? AND NOT is_removed LIMIT 1"
             return self._connection.execute(query, (digest,)).fetchone() is not None
 
-    def insert(self, name: str, report: PackageReport, *, source: str, created_s: float, pin: bool) -> bool:
-        """Make ``report``'s content what ``name`` means. False if it meant that already."""
-        with self._change(name) as connection:
-            current = connection.execute(
-                "SELECT v.digest FROM name n JOIN version v USING (name) WHERE n.name = ? AND v.version = n.current",
-                (name,),
-            ).fetchone()
-            if current is not None and current[0] == report.digest:
-                if pin:
-                    connection.execute("UPDATE name SET is_pinned = 1 WHERE name = ?", (name,))
-                return False
-            number = _revive(connection, name, report) or _append(connection, name, report, source, created_s)
-            connection.execute(
-                "INSERT INTO name VALUES (?, ?, ?, 1) ON CONFLICT (name) DO UPDATE SET "
-                "current = excluded.current, is_enabled = 1, is_pinned = max(is_pinned, excluded.is_pinned)",
-                (name, number, int(pin)),
-            )
-            return True
+    def insert(
+        self, name: str, report: PackageReport, *, source: str, created_s: float, pin: bool, promote: bool
+    ) -> Inserted:
+        """Make ``report``'s content a version of ``name`` and, if asked, what the name means.
 
-    def remove(self, name: str, version: int | None = None) -> None:
-        """Forget a name, or one version of it: then the name means the highest that is left, or is gone."""
+        Raises AdapterExists if the name is an alias.
+        """
+        with self._change(name) as connection:
+            pointers.require_no_alias(connection, name)
+            live = "SELECT max(version) FROM version WHERE name = ? AND digest = ? AND NOT is_removed"
+            found = connection.execute(live, (name, report.digest)).fetchone()[0]
+            number = found or _revive(connection, name, report)
+            number = number or _append(connection, name, report, source, created_s)
+            connection.execute(
+                "INSERT INTO name (name, current, is_pinned, is_enabled) VALUES (?, 0, ?, 1) ON CONFLICT (name) "
+                "DO UPDATE SET is_enabled = 1, is_pinned = max(is_pinned, excluded.is_pinned)",
+                (name, int(pin)),
+            )
+            has_moved = promote and pointers.promote(connection, name, number)
+            return Inserted(number, is_new=found is None, has_moved=has_moved)
+
+    def remove(self, name: str, version: int | None = None) -> list[str]:
+        """Forget a name, or one version of it, and return the aliases that this moved.
+
+        Whatever pointed at what is gone goes back to what it pointed at before; a name without versions is gone, an
+        alias without a target too.
+        """
         with self._change(name) as connection:
             connection.execute(
                 "UPDATE version SET is_removed = 1 WHERE name = ? AND version = coalesce(?, version)",
                 (name, version),
             )
-            query = "SELECT max(version) FROM version WHERE name = ? AND NOT is_removed"
-            left = connection.execute(query, (name,)).fetchone()[0]
-            if left is None:
+            query = "SELECT 1 FROM version WHERE name = ? AND NOT is_removed LIMIT 1"
+            if connection.execute(query, (name,)).fetchone() is None:
                 connection.execute("DELETE FROM name WHERE name = ?", (name,))
             else:
-                connection.execute(
-                    "UPDATE name SET current = ? WHERE name = ? AND current = ?", (left, name, version)
-                )
+                pointers.leave_removed(connection, name)
+            moved = pointers.aliases_of(connection, name, version)
+            for alias in moved:
+                pointers.leave_removed_target(connection, alias)
+                _note(connection, alias)
+            return moved
+
+    def promote(self, name: str, number: int, *, pin: bool) -> bool:
+        """Move the name's pointer, and pin it. False if it was there already. Raises AdapterNotFound."""
+        with self._change(name) as connection:
+            if pin:
+                connection.execute("UPDATE name SET is_pinned = 1 WHERE name = ?", (name,))
+            return pointers.promote(connection, name, number)
+
+    def roll_back(self, name: str) -> int:
+        """Move the name's pointer to where it was before; that version. Raises AdapterNotFound, NothingToRollBack."""
+        with self._change(name) as connection:
+            return pointers.roll_back(connection, name)
+
+    def point(self, alias: str, name: str, number: int) -> bool:
+        """Make or move an alias. False if it was there already. Raises AdapterNotFound, AdapterExists."""
+        with self._change(alias) as connection:
+            return pointers.point(connection, alias, (name, number))
+
+    def roll_back_alias(self, alias: str) -> None:
+        """Raises AdapterNotFound, NothingToRollBack."""
+        with self._change(alias) as connection:
+            pointers.roll_back_alias(connection, alias)
+
+    def remove_alias(self, alias: str) -> None:
+        with self._change(alias) as connection:
+            connection.execute("DELETE FROM alias WHERE alias = ?", (alias,))
 
     def set_pinned(self, name: str, is_pinned: bool) -> None:
         with self._change(name) as connection:
@@ -134,7 +197,7 @@ class Ledger:
                 raise AdapterError(
                     f"the registry was written by a newer Lorikeet (schema {found}; this one knows {SCHEMA_VERSION})"
                 )
-            for statement in SCHEMA.split(";"):
+            for statement in (SCHEMA if found != 1 else SCHEMA + FROM_1).split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -142,12 +205,12 @@ class Ledger:
     def _change(self, name: str) -> Iterator[sqlite3.Connection]:
         with self._transaction() as connection:
             yield connection
-            connection.execute("INSERT INTO change (name) VALUES (?)", (name,))
+            _note(connection, name)
             connection.execute("DELETE FROM change WHERE number <= last_insert_rowid() - ?", (_CHANGES_KEPT,))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _storage_errors():
+        with self._lock, ledger_errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -156,6 +219,11 @@ class Ledger:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+
+def _note(connection: sqlite3.Connection, name: str) -> None:
+    """Tell other servers that this name or alias was written."""
+    connection.execute("INSERT INTO change (name) VALUES (?)", (name,))
 
 
 def _revive(connection: sqlite3.Connection, name: str, report: PackageReport) -> int | None:
@@ -175,22 +243,3 @@ def _append(
     row = to_row(VersionRecord(ref_of(name, number, report), report, source, created_s))
     connection.execute(f"INSERT INTO version VALUES ({', '.join('?' * len(row))}, 0)", row)
     return number
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    """SQLite's errors, translated where they enter."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF in _STORAGE_CODES:  # the low byte is the primary code
-            raise InsufficientStorage(
-                f"the adapter registry cannot be written ({error}); free disk space"
-            ) from error
-        raise AdapterError(
-            f"the adapter registry did not answer ({error}); does another server hold it?"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise AdapterError(
-            f"the adapter registry cannot be read ({error}); move registry.sqlite away"
-        ) from error

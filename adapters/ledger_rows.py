@@ -9,12 +9,12 @@ import json
 from functools import lru_cache
 from typing import Any, cast
 
-from adapters.catalogue import NameRecord, VersionRecord
+from adapters.catalogue import AliasRecord, NameRecord, VersionRecord
 from adapters.ref import AdapterRef
 from adapters.sites import Part
 from adapters.validation import PackageReport
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS version (
@@ -26,18 +26,33 @@ CREATE TABLE IF NOT EXISTS version (
     PRIMARY KEY (name, version)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS name (
-    name TEXT PRIMARY KEY, current INTEGER NOT NULL, is_pinned INTEGER NOT NULL, is_enabled INTEGER NOT NULL
+    name TEXT PRIMARY KEY, current INTEGER NOT NULL, is_pinned INTEGER NOT NULL, is_enabled INTEGER NOT NULL,
+    history TEXT NOT NULL DEFAULT '[]'
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS alias (
+    alias TEXT PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL, history TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS change (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS version_digest ON version (digest) WHERE NOT is_removed;
 """
 
+FROM_1 = """
+ALTER TABLE name ADD COLUMN history TEXT NOT NULL DEFAULT '[]';
+UPDATE name SET history = (
+    SELECT json_group_array(v.version) FROM version v
+    WHERE v.name = name.name AND NOT v.is_removed AND v.version <> name.current
+)
+"""
+"""Schema 1 had no history of what a name meant; each of its versions had been current once, in order."""
+
 SELECT = """
-SELECT n.current, n.is_pinned, n.is_enabled, v.name, v.version, v.digest, v.vision_digest, v.language_digest, v.kind,
-       v.num_bytes, v.rank, v.targets, v.parts, v.num_sites, v.source, v.created_s
+SELECT n.current, n.is_pinned, n.is_enabled, n.history, v.name, v.version, v.digest, v.vision_digest, v.language_digest,
+       v.kind, v.num_bytes, v.rank, v.targets, v.parts, v.num_sites, v.source, v.created_s
 FROM name n JOIN version v ON v.name = n.name AND NOT v.is_removed
 """
 """One row a version that is not removed; ``to_record`` takes those of one name."""
+NUM_NAME_COLUMNS = 5
+"""The first columns of a row are the name's own; the last of them, the name itself, is also the version's first."""
 
 
 def ref_of(name: str, number: int, report: PackageReport) -> AdapterRef:
@@ -65,9 +80,22 @@ def to_row(record: VersionRecord) -> tuple[str | int | float, ...]:
 
 
 def to_record(rows: list[tuple[Any, ...]]) -> NameRecord:
-    current, is_pinned, is_enabled, name = rows[0][:4]
-    versions = tuple(_version_record(row[3:]) for row in rows)
-    return NameRecord(name, current, bool(is_pinned), bool(is_enabled), versions)
+    current, is_pinned, is_enabled, history, name = rows[0][:NUM_NAME_COLUMNS]
+    versions = tuple(_version_record(row[NUM_NAME_COLUMNS - 1 :]) for row in rows)
+    return NameRecord(name, current, bool(is_pinned), bool(is_enabled), versions, _numbers(history))
+
+
+def to_alias(row: tuple[Any, ...]) -> AliasRecord:
+    alias, name, version, history = row
+    return AliasRecord(alias, name, version, _targets(history))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return () if text == "[]" else tuple(json.loads(text))
+
+
+def _targets(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple((name, version) for name, version in json.loads(text))
 
 
 def _version_record(row: tuple[Any, ...]) -> VersionRecord:

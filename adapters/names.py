@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.catalogue import Catalogue, NameRecord, VersionRecord
+from adapters.catalogue import AliasRecord, Catalogue, NameRecord, VersionRecord
 from adapters.errors import AdapterNotFound
-from adapters.ledger import Ledger
+from adapters.ledger import Inserted, Ledger
 from adapters.ref import AdapterRef
 from adapters.validation import PackageReport
 
@@ -47,7 +47,7 @@ class Names:
     def find(
         self, name: str, is_visible: Callable[[str], bool] = everybody
     ) -> tuple[NameRecord, VersionRecord]:
-        """What ``name``, ``name@3`` or ``name@sha256:<prefix>`` means.
+        """What ``name``, ``name@3``, ``name@sha256:<prefix>`` or an alias means.
 
         Raises AdapterNotFound with near names, of those for which ``is_visible``.
         """
@@ -56,10 +56,32 @@ class Names:
         if found is None and self.watch(is_urgent=True):
             found = self._look_up(name)
         if found is None:
-            with self._reading:
-                near = self._catalogue.near(name.partition("@")[0], is_visible)
-            raise AdapterNotFound(name, near)
+            raise AdapterNotFound(name, self._near(name.partition("@")[0], is_visible))
         return found
+
+    def record(self, name: str) -> NameRecord:
+        """All versions of a name (not an alias), also of one that means none of them. Raises AdapterNotFound."""
+        record = self._get(name)
+        if record is None and self.watch(is_urgent=True):
+            record = self._get(name)
+        if record is None:
+            raise AdapterNotFound(name)
+        return record
+
+    def _get(self, name: str) -> NameRecord | None:
+        self.watch()
+        with self._reading:
+            return self._catalogue.get(name)
+
+    def alias(self, alias: str) -> AliasRecord | None:
+        self.watch()
+        with self._reading:
+            return self._catalogue.alias(alias)
+
+    def aliases(self) -> list[AliasRecord]:
+        self.watch()
+        with self._reading:
+            return sorted(self._catalogue.aliases(), key=lambda record: record.alias)
 
     def all(self) -> list[NameRecord]:
         self.watch()
@@ -80,17 +102,49 @@ class Names:
         """The same by the ledger itself, with what other servers wrote."""
         return self._ledger.is_referenced(digest)
 
-    def insert(self, name: str, report: PackageReport, *, source: str, pin: bool) -> bool:
-        """Make ``report``'s content what ``name`` means. False if it meant that already."""
+    def insert(self, name: str, report: PackageReport, *, source: str, pin: bool, promote: bool) -> Inserted:
+        """As Ledger.insert."""
         with self._writing:
-            is_created = self._ledger.insert(name, report, source=source, created_s=time.time(), pin=pin)
+            now_s = time.time()
+            inserted = self._ledger.insert(
+                name, report, source=source, created_s=now_s, pin=pin, promote=promote
+            )
             self._read(name)
-        return is_created
+        return inserted
 
     def remove(self, name: str, version: int | None) -> None:
         with self._writing:
-            self._ledger.remove(name, version)
+            moved = self._ledger.remove(name, version)
+            for written in (name, *moved):
+                self._read(written)
+
+    def promote(self, name: str, number: int, *, pin: bool) -> bool:
+        """As Ledger.promote."""
+        with self._writing:
+            has_moved = self._ledger.promote(name, number, pin=pin)
             self._read(name)
+        return has_moved
+
+    def roll_back(self, name: str) -> None:
+        """Of a name or an alias. Raises AdapterNotFound, NothingToRollBack."""
+        with self._writing:
+            if self._ledger.alias(name) is None:
+                self._ledger.roll_back(name)
+            else:
+                self._ledger.roll_back_alias(name)
+            self._read(name)
+
+    def point(self, alias: str, ref: AdapterRef) -> bool:
+        """As Ledger.point."""
+        with self._writing:
+            has_moved = self._ledger.point(alias, ref.name, ref.version)
+            self._read(alias)
+        return has_moved
+
+    def remove_alias(self, alias: str) -> None:
+        with self._writing:
+            self._ledger.remove_alias(alias)
+            self._read(alias)
 
     def set_pinned(self, name: str, is_pinned: bool) -> None:
         with self._writing:
@@ -116,13 +170,31 @@ class Names:
             self._writing.release()
 
     def _look_up(self, name: str) -> tuple[NameRecord, VersionRecord] | None:
+        """One state of the catalogue answers, so a name and an alias never mean two moments at once."""
         plain, has_selector, selector = name.partition("@")
         with self._reading:
-            record = self._catalogue.get(plain)
+            alias = None if has_selector else self._catalogue.alias(plain)
+            record = self._catalogue.get(plain if alias is None else alias.name)
         if record is None:
             return None
-        version = record.select(selector) if has_selector else record.head
+        if alias is not None:
+            version = record.version(alias.version)
+        else:
+            version = record.select(selector) if has_selector else record.head
         return None if version is None else (record, version)
+
+    def _near(self, name: str, is_visible: Callable[[str], bool]) -> tuple[str, ...]:
+        """Names that may have been meant; for a name without a current version, its latest version."""
+        with self._reading:
+            record = self._catalogue.get(name)
+            if record is not None and is_visible(name):
+                return (str(record.versions[-1].ref),)
+            return self._catalogue.near(name, lambda found: is_visible(self._target(found)))
+
+    def _target(self, name: str) -> str:
+        """The adapter behind a name or an alias: it decides who may see either."""
+        alias = self._catalogue.alias(name)
+        return name if alias is None else alias.name
 
     def _read_changes(self) -> bool:
         changed = self._ledger.changed_names(self._last_change)
@@ -136,7 +208,7 @@ class Names:
 
     def _read_all(self) -> None:
         self._note_position()
-        catalogue = Catalogue(self._ledger.records())
+        catalogue = Catalogue(self._ledger.records(), self._ledger.aliases())
         with self._reading:
             self._catalogue = catalogue
 
@@ -146,9 +218,12 @@ class Names:
         self._last_change = self._ledger.last_change()
 
     def _read(self, name: str) -> None:
-        record = self._ledger.record(name)
+        """A name or an alias, as it stands on disk."""
+        record, alias = self._ledger.record(name), self._ledger.alias(name)
         with self._reading:
-            if record is None:
-                self._catalogue.drop(name)
-            else:
+            if record is not None:
                 self._catalogue.put(record)
+            elif alias is not None:
+                self._catalogue.put_alias(alias)
+            else:
+                self._catalogue.drop(name)

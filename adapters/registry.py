@@ -1,55 +1,50 @@
 """Registry: which adapters exist, what their names mean, and who is using them.
 
-Owns adapters as a whole; the sole truth on them. ``names`` keeps what names mean, ``store`` the bytes, ``leases`` who
-uses what; this file keeps the three agreeing, also when the process is killed between any two lines: bytes come before
-the name that means them, and go after it and after the last lease. Knows no device; the residency decides what is
-loaded, and ``load`` reads it. All methods may be called from any thread; ``resolve`` never waits for the disk.
+Owns adapters as a whole; the sole truth on them. ``names`` keeps what names mean and ``pointers`` moves it, ``store``
+keeps the bytes, ``leases`` who uses what, ``garbage`` what may go; this file keeps them agreeing, also when the process
+is killed between any two lines: bytes come before the name that means them, and go after it and after the last lease.
+Knows no device; the residency decides what is loaded, and ``load`` reads it. All methods may be called from any thread;
+``resolve`` never waits for the disk.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.catalogue import NameRecord, VersionRecord
-from adapters.errors import AdapterRejected, InvalidAdapterName, RejectReason, SourceRejected
+from adapters.entry import AdapterEntry, Staged, entry_of
+from adapters.errors import AdapterRejected, RejectReason, SourceRejected
+from adapters.garbage import Garbage
 from adapters.leases import Lease, LeaseBook
+from adapters.ledger import Inserted
 from adapters.names import Names, everybody
 from adapters.package import package_digest
+from adapters.pointers import Pointers
 from adapters.ref import BASE, AdapterRef
 from adapters.sites import SiteTable
+from adapters.spelling import Spelling
 from adapters.store import PackageStore, check_sha256
-from adapters.validation import Limits, PackageReport, check_package
+from adapters.validation import Limits, check_package
 
 if TYPE_CHECKING:
     from adapters.weights import AdapterWeights
 
 _log = logging.getLogger("lorikeet.adapters.registry")
 
-_NAME = re.compile(r"(?:[A-Za-z0-9._-]{1,96}/)?[A-Za-z0-9._-]{1,96}")
-_ONLY_DOTS = re.compile(r"(?:.*/)?\.+|\.+/.*")
-
 
 @dataclass(frozen=True, slots=True)
-class AdapterEntry:
-    """One version of one adapter, as listings show it."""
+class _Offer:
+    """A package that somebody wants to be registered."""
 
-    ref: AdapterRef
-    report: PackageReport
+    name: str
+    folder: Path
     source: str
-    created_s: float
-    """Unix time of this version's registration."""
-    is_pinned: bool
-    is_enabled: bool
-    """False after an explicit unload, until somebody loads it again."""
-    num_leases: int
-    last_used_s: float | None
-    """Unix time of the last lease in this process; None when there was none."""
+    expected_sha256: str | None
+    within: Path | None
 
 
 class Registry:
@@ -70,15 +65,14 @@ class Registry:
         self._limits = limits
         self._base_names = tuple(base_names)
         self._base_fingerprint = base_fingerprint
-        self._reserved = {name.casefold() for name in (*base_names, BASE.name)}
+        self._spelling = Spelling(base_names)
         self._store = PackageStore(root / "packages")
-        self._leases = LeaseBook(self._store, self._delete_later)
-        self._collecting = threading.Lock()
-        self._garbage: set[str] = set()
+        self._leases = LeaseBook(self._store, lambda digest: self._garbage.collect_later(digest))
         self._sound: set[str] = set()
-        self._reapers: list[threading.Thread] = []
         with self._store.alone() as is_alone:
             self._names = Names(root / "registry.sqlite")
+            self._garbage = Garbage(self._store, self._names, self._leases, self._sound.discard)
+            self.pointers = Pointers(self._names, self._leases, self._spelling)
             self._compare_with_store(is_alone)
 
     def register(
@@ -94,29 +88,56 @@ class Registry:
         """Copy a package in, check the copy, and make it what ``name`` means. False when it meant that already.
 
         Content that the name had before gets its old version number back. Links in the package may not lead out of
-        ``within`` (the folder, if not given). Raises InvalidAdapterName, AdapterRejected, SourceRejected,
-        InsufficientStorage; then nothing has changed.
+        ``within`` (the folder, if not given). Raises InvalidAdapterName, AdapterExists (it is an alias),
+        AdapterRejected, SourceRejected, InsufficientStorage; then nothing has changed.
         """
-        self._check_name(name)
-        with self._store.staged(folder, self._limits.max_package_bytes, within) as copy:
+        offer = _Offer(name, folder, source, expected_sha256, within)
+        entry, inserted = self._take_in(offer, pin=pin, promote=True)
+        _log.info(
+            "adapter.registered ref=%s digest=%s is_created=%s",
+            entry.ref,
+            entry.ref.digest,
+            inserted.has_moved,
+        )
+        return entry, inserted.has_moved
+
+    def stage(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        source: str = "",
+        expected_sha256: str | None = None,
+        within: Path | None = None,
+    ) -> Staged:
+        """As ``register``, but what ``name`` means stays: ``promote`` makes it this version, once it is proven."""
+        offer = _Offer(name, folder, source, expected_sha256, within)
+        entry, inserted = self._take_in(offer, pin=False, promote=False)
+        _log.info("adapter.staged ref=%s digest=%s is_new=%s", entry.ref, entry.ref.digest, inserted.is_new)
+        return Staged(entry, inserted.is_new)
+
+    def _take_in(self, offer: _Offer, *, pin: bool, promote: bool) -> tuple[AdapterEntry, Inserted]:
+        self._spelling.check_name(offer.name)
+        with self._store.staged(offer.folder, self._limits.max_package_bytes, offer.within) as copy:
             report = check_package(
                 copy, self._sites, self._limits, self._base_names, base_fingerprint=self._base_fingerprint
             )
-            check_sha256(copy, report.digest, expected_sha256)
+            check_sha256(copy, report.digest, offer.expected_sha256)
             self._store.keep(copy, report.digest)
             self._sound.add(report.digest)
-            is_created = self._names.insert(name, report, source=source, pin=pin)
-            entry = self.entry(name)
-        self._delete_garbage()
-        _log.info("adapter.registered ref=%s digest=%s is_created=%s", entry.ref, report.digest, is_created)
-        return entry, is_created
+            inserted = self._names.insert(offer.name, report, source=offer.source, pin=pin, promote=promote)
+            entry = self.entry(f"{offer.name}@{inserted.number}")
+        self._garbage.collect()
+        return entry, inserted
+
+    # ---- what names mean ---------------------------------------------------------------------------------------
 
     def resolve(self, name: str, *, is_visible: Callable[[str], bool] = everybody) -> AdapterRef:
-        """The version that ``name``, ``name@3`` or ``name@sha256:<prefix>`` means; ``base`` and base ids mean BASE.
+        """The version that ``name``, ``name@3``, ``name@sha256:<prefix>`` or an alias means; base ids mean BASE.
 
         Raises AdapterNotFound with near names, of those for which ``is_visible``.
         """
-        if name.casefold() in self._reserved:
+        if self._spelling.is_base(name):
             return BASE
         return self._names.find(name, is_visible)[1].ref
 
@@ -124,27 +145,40 @@ class Registry:
         """As ``resolve``, with all that is known of it; not for the base. Raises AdapterNotFound."""
         return self._entry(*self._names.find(name))
 
-    def entries(self) -> list[AdapterEntry]:
-        """Every name, in order, with the version that it means."""
-        return [self._entry(record, record.head) for record in self._names.all()]
+    def entries(self, *, has_candidates: bool = False) -> list[AdapterEntry]:
+        """Every name, in order, with the version that it means; with candidates, the latest of names that mean none."""
+        heads = ((record, record.head) for record in self._names.all())
+        return [
+            self._entry(record, head or record.versions[-1])
+            for record, head in heads
+            if head is not None or has_candidates
+        ]
 
     def versions(self, name: str) -> list[AdapterEntry]:
         """Every version of a name, oldest first. Raises AdapterNotFound."""
-        record, _ = self._names.find(name)
+        record = self._names.record(name)
         return [self._entry(record, version) for version in record.versions]
 
     def remove(self, name: str) -> AdapterEntry:
         """Forget a name with all its versions, or with ``name@3`` that version alone; returns what it was.
 
-        Its bytes go when the last lease does. Raises AdapterNotFound, InsufficientStorage.
+        A name or alias that meant a version which is gone means again what it meant before, if that is there, else
+        nothing: never a version that nobody promoted. Bytes go when the last lease does. Raises AdapterNotFound,
+        InsufficientStorage.
         """
-        record, version = self._names.find(name)
+        if "@" in name:
+            record, version = self._names.find(name)
+            gone: tuple[VersionRecord, ...] = (version,)
+        else:
+            record = self._names.record(name)
+            version, gone = record.head or record.versions[-1], record.versions
         entry = self._entry(record, version)
-        gone = (version,) if "@" in name else record.versions
         self._names.remove(record.name, version.ref.version if "@" in name else None)
-        self._delete_garbage(*(version.ref.digest for version in gone))
+        self._garbage.collect(*(version.ref.digest for version in gone))
         _log.info("adapter.removed ref=%s", entry.ref)
         return entry
+
+    # ---- what is done with them --------------------------------------------------------------------------------
 
     def set_pinned(self, name: str, is_pinned: bool) -> None:
         self._names.set_pinned(self._names.find(name)[0].name, is_pinned)
@@ -168,32 +202,13 @@ class Registry:
 
     def close(self) -> None:
         """End every lease, finish deletions, close the ledger. The registry is of no use afterwards."""
-        for reaper in self._reapers:
-            reaper.join()
+        self._garbage.finish()
         self._leases.close()
-        self._delete_garbage()
+        self._garbage.collect()
         self._names.close()
 
-    def _check_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name) or _ONLY_DOTS.fullmatch(name):
-            raise InvalidAdapterName(
-                name, "use 1 to 96 letters, digits, '.', '_' and '-', and at most one 'org/' before them"
-            )
-        if name.casefold() in self._reserved:
-            raise InvalidAdapterName(name, "it names the base")
-
     def _entry(self, record: NameRecord, version: VersionRecord) -> AdapterEntry:
-        num_leases, last_used_s = self._leases.usage(version.ref)
-        return AdapterEntry(
-            ref=version.ref,
-            report=version.report,
-            source=version.source,
-            created_s=version.created_s,
-            is_pinned=record.is_pinned,
-            is_enabled=record.is_enabled,
-            num_leases=num_leases,
-            last_used_s=last_used_s,
-        )
+        return entry_of(record, version, self._leases)
 
     def _compare_with_store(self, is_alone: bool) -> None:
         meant = {version.ref.digest for record in self._names.all() for version in record.versions}
@@ -218,29 +233,3 @@ class Registry:
                 (ref.digest,),
             )
         self._sound.add(ref.digest)
-
-    def _delete_later(self, digest: str) -> None:
-        """A package's last lease has gone, perhaps on the engine's thread: if no name means it, another deletes it."""
-        if self._names.is_meant(digest):
-            return
-        reaper = threading.Thread(
-            target=self._delete_garbage, args=(digest,), name="registry-reaper", daemon=True
-        )
-        self._reapers = [thread for thread in self._reapers if thread.is_alive()] + [reaper]
-        reaper.start()
-
-    def _delete_garbage(self, *digests: str) -> None:
-        """Delete packages that nothing means and nobody leases; while others add, they wait for the next time."""
-        with self._collecting:
-            self._garbage.update(digests)
-            if not self._garbage:
-                return
-            with self._store.alone() as is_alone:
-                if not is_alone:
-                    return
-                for digest in [digest for digest in self._garbage if not self._leases.is_held(digest)]:
-                    self._garbage.discard(digest)
-                    if not self._names.is_meant_on_disk(digest):
-                        self._sound.discard(digest)
-                        self._leases.forget(digest)
-                        self._store.remove(digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ from adapters.ref import AdapterRef
 from engine.status import EngineStatus
 
 if TYPE_CHECKING:
-    from adapters.registry import AdapterEntry
+    from adapters.catalogue import AliasRecord
+    from adapters.entry import AdapterEntry
 
 Record = dict[str, object]
 
@@ -17,9 +19,12 @@ Record = dict[str, object]
 class AdapterViewer:
     """Joins entries with one status: cheap for 10,000 of them."""
 
-    def __init__(self, status: EngineStatus) -> None:
+    def __init__(self, status: EngineStatus, aliases: Iterable[AliasRecord] = ()) -> None:
         self._slots = {slot.ref: slot for slot in status.slots if slot.ref is not None}
         self._host = status.host_refs
+        self._aliases: dict[tuple[str, int], list[str]] = {}
+        for alias in aliases:
+            self._aliases.setdefault((alias.name, alias.version), []).append(alias.alias)
 
     def record(self, entry: AdapterEntry) -> Record:
         ref, report = entry.ref, entry.report
@@ -35,11 +40,14 @@ class AdapterViewer:
             "kind": str(report.kind),
             "bytes": report.num_bytes,
             "refs": entry.num_leases,
-            "last_used": _time(entry.last_used_s),
-            "created": _time(entry.created_s),
+            "last_used": time_text(entry.last_used_s),
+            "created": time_text(entry.created_s),
             "source": entry.source,
             "profile": None,
             "pinned": entry.is_pinned,
+            "current": entry.is_current,
+            "versions": list(entry.versions),
+            "aliases": self._aliases.get((ref.name, ref.version), []),
         }
 
     def _place(self, ref: AdapterRef) -> tuple[str, str]:
@@ -51,7 +59,7 @@ class AdapterViewer:
         return tier, "loading" if slot is not None else "unloaded"
 
 
-def _time(unix_s: float | None) -> str | None:
+def time_text(unix_s: float | None) -> str | None:
     """RFC 3339, UTC, milliseconds."""
     if unix_s is None:
         return None

@@ -1,48 +1,30 @@
 """What admins do with adapters: register, load, unload, pin, remove; the same acts behind every dialect of the wire.
 
-Owns the order: the registry first, then the engine, and undoing what the engine refuses. Knows no HTTP but WireError.
-Each act leaves one audit line. Place in a request's way: none; it prepares what later requests name.
+Owns the order: a package is taken in and checked, then loaded and probed, and only then what its name means; what the
+engine refuses is undone. Knows no HTTP but WireError. Each act leaves one audit line. Place in a request's way: none;
+it prepares what later requests name.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.errors import AdapterBusy, AdapterError, InvalidAdapterName
+from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapterName
 from adapters.package import package_digest
 from adapters.ref import AdapterRef
 from engine.errors import EngineError
-from server.auth import require_visible
-from server.errors import WireError, retry_after
+from server.actors import Actor, audit_log, find
+from server.errors import WireError
+from server.loading import Freed, bring, free, is_on_device, load_place, versions_in_memory
+from server.promotions import current_of, move, remove_alias
+from server.uploads import SCHEME, Upload
 
 if TYPE_CHECKING:
-    from adapters.registry import AdapterEntry
-    from server.keys import Caller
+    from adapters.entry import AdapterEntry, Staged
     from server.state import ServerState
-
-audit_log = logging.getLogger("lorikeet.audit")
-
-LOAD_TIMEOUT_S = 120.0
-"""A load waits so long for a slot that somebody else holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Who acts, for the audit line and for what exists to them."""
-
-    caller: Caller
-    request_id: str
-
-    def note(self, act: str, name: object, **fields: object) -> None:
-        more = "".join(f" {key}={value}" for key, value in fields.items())
-        audit_log.info(
-            "admin.%s name=%s caller=%s request_id=%s%s", act, name, self.caller.name, self.request_id, more
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,137 +36,114 @@ class Registration:
     sha256: str | None = None
     should_pin: bool = False
     should_load: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Freed:
-    device_bytes: int
-    host_bytes: int
-
-
-@asynccontextmanager
-async def load_place(state: ServerState) -> AsyncIterator[None]:
-    """One of the two places for registering and loading; raises 429 too_many_loads when both are taken."""
-    if state.load_places.locked():
-        raise WireError(
-            429,
-            "too_many_loads",
-            "two adapters are being loaded; try again when one is done",
-            headers=retry_after(1),
-        )
-    async with state.load_places:
-        yield
-
-
-def find(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
-    """The entry of a name that exists for the caller. Raises AdapterNotFound, WireError 404."""
-    require_visible(actor.caller, name.partition("@")[0])
-    ref = state.registry.resolve(name, is_visible=actor.caller.may_use)
-    if ref.is_base:
-        raise WireError(400, "invalid_request", "that is the base, which is always loaded: name an adapter")
-    return state.registry.entry(name)
+    should_promote: bool = True
 
 
 async def register(state: ServerState, actor: Actor, wanted: Registration) -> tuple[AdapterEntry, bool]:
-    """Copy, check, register and, if asked, load. True when it is new; undone when the engine refuses it."""
+    """Copy, check, load if asked, and then make it what the name means, if asked. True when something is new.
+
+    Until the last step requests get what the name meant before. What the engine refuses leaves nothing behind.
+    """
     if not actor.caller.may_use(wanted.name):
         raise WireError(
             403, "insufficient_scope", "this API key may not register an adapter of that name", param="name"
         )
-    async with load_place(state):
-        try:
-            entry, is_created = await asyncio.to_thread(_register, state, wanted)
-        except InvalidAdapterName as error:
-            raise WireError(400, "invalid_request", str(error), param="name") from error
-        if wanted.should_pin and not entry.is_pinned:  # it was there already, unpinned
-            await asyncio.to_thread(state.registry.set_pinned, entry.ref.name, True)
-            entry = state.registry.entry(str(entry.ref))
-        state.metrics.labels.welcome(entry.ref)
+    upload = find_upload(state, actor, wanted.source)
+    with nullcontext() if upload is None else state.uploads.using(upload):
+        async with load_place(state):
+            entry, is_created = await _register(state, wanted, upload)
+    if upload is not None:
+        state.uploads.discard(upload)
+    actor.note(
+        "registered", entry.ref, created=is_created, loaded=wanted.should_load, current=entry.is_current
+    )
+    return entry, is_created
+
+
+async def _register(
+    state: ServerState, wanted: Registration, upload: Upload | None
+) -> tuple[AdapterEntry, bool]:
+    try:
+        staged = await asyncio.to_thread(_stage, state, wanted, upload)
+    except InvalidAdapterName as error:
+        raise WireError(400, "invalid_request", str(error), param="name") from error
+    entry, has_moved = staged.entry, False
+    state.metrics.labels.welcome(entry.ref)
+    try:
         if wanted.should_load:
-            try:
-                await _load(state, entry.ref, should_pin=entry.is_pinned)
-            except (AdapterError, WireError):
-                if is_created:
-                    await _undo(state, entry.ref)
-                raise
-    actor.note("registered", entry.ref, created=is_created, loaded=wanted.should_load)
-    return state.registry.entry(str(entry.ref)), is_created
+            await bring(state, entry.ref, should_pin=entry.is_current and entry.is_pinned)
+        if wanted.should_promote:
+            entry, has_moved = await move(state, entry.ref, should_pin=wanted.should_pin)
+    except (AdapterError, EngineError, WireError):
+        if staged.is_new:
+            await asyncio.to_thread(state.registry.remove, str(entry.ref))
+            state.background.start(_free_later(state, [entry.ref]))
+        raise
+    if wanted.should_load and wanted.should_pin:
+        await bring(state, entry.ref, should_pin=True)
+    return state.registry.entry(str(entry.ref)), staged.is_new or has_moved
 
 
-def _register(state: ServerState, wanted: Registration) -> tuple[AdapterEntry, bool]:
+def _stage(state: ServerState, wanted: Registration, upload: Upload | None) -> Staged:
+    if upload is not None:
+        return state.registry.stage(
+            wanted.name, upload.folder, source="upload", expected_sha256=wanted.sha256
+        )
     folder = state.source.resolve(wanted.source)
     root = state.source.root_of(folder)
-    return state.registry.register(
+    return state.registry.stage(
         wanted.name,
         folder,
         source=f"local:{folder.relative_to(root)}",  # where in the root, never where the root is
         expected_sha256=wanted.sha256,
-        pin=wanted.should_pin,
         within=root,
     )
 
 
-async def digest_of(state: ServerState, source: str) -> str:
-    """Digest of a package that lies in a root, without registering it."""
+def find_upload(state: ServerState, actor: Actor, source: str) -> Upload | None:
+    """The upload that a source names; None for other sources. Raises WireError 404."""
+    if not source.startswith(SCHEME):
+        return None
+    try:
+        return state.uploads.find(source.removeprefix(SCHEME), actor.caller.name)
+    except WireError as error:
+        raise error.with_param("source") from None
+
+
+async def digest_of(state: ServerState, actor: Actor, source: str) -> str:
+    """Digest of a package that lies in a root or an upload, without registering it."""
+    upload = find_upload(state, actor, source)
+    if upload is not None:
+        return await asyncio.to_thread(package_digest, upload.folder)
     return await asyncio.to_thread(lambda: package_digest(state.source.resolve(source)))
-
-
-async def _undo(state: ServerState, ref: AdapterRef) -> None:
-    state.metrics.forget(ref)
-    await asyncio.to_thread(state.registry.remove, str(ref))
 
 
 async def load(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
     """Bring a registered adapter to the device."""
     entry = find(state, actor, name)
     async with load_place(state):
-        await _load(state, entry.ref, should_pin=entry.is_pinned)
+        await bring(state, entry.ref, should_pin=entry.is_current and entry.is_pinned)
     actor.note("loaded", entry.ref)
-    return state.registry.entry(name)
-
-
-async def _load(state: ServerState, ref: AdapterRef, *, should_pin: bool) -> None:
-    try:
-        async with asyncio.timeout(LOAD_TIMEOUT_S):
-            await state.engine.load_adapter(ref, pin=should_pin)
-    except TimeoutError as error:
-        raise WireError(
-            409,
-            "adapter_busy",
-            f"no slot became free for it in {LOAD_TIMEOUT_S:g} s: unload or unpin another adapter",
-            headers={"x-should-retry": "false"},
-        ) from error
+    return state.registry.entry(str(entry.ref))
 
 
 async def unload(state: ServerState, actor: Actor, name: str) -> tuple[AdapterEntry, Freed]:
     """Drain and free the adapter's slots and host copies; it stays registered. Raises AdapterBusy."""
     entry = find(state, actor, name)
-    refs = [entry.ref] if "@" in name else versions_in_memory(state, entry.ref)
-    freed = await _free(state, refs, state.settings.unload_timeout_s)
+    refs = versions_in_memory(state, entry.ref) if name == entry.ref.name else [entry.ref]
+    freed = await free(state, refs, state.settings.unload_timeout_s)
     actor.note("unloaded", entry.ref, freed_bytes=freed.device_bytes + freed.host_bytes)
-    return state.registry.entry(name), freed
-
-
-def versions_in_memory(state: ServerState, ref: AdapterRef) -> list[AdapterRef]:
-    """The version itself, and the name's other versions that still take memory."""
-    status = state.engine.status()
-    held = {slot.ref for slot in status.slots if slot.ref is not None} | status.host_refs
-    return [ref, *(other for other in held if other.name == ref.name and other != ref)]
-
-
-async def _free(state: ServerState, refs: list[AdapterRef], timeout_s: float) -> Freed:
-    reports = await asyncio.gather(*(state.engine.unload_adapter(ref, timeout_s=timeout_s) for ref in refs))
-    return Freed(sum(r.freed_device_bytes for r in reports), sum(r.freed_host_bytes for r in reports))
+    return state.registry.entry(str(entry.ref)), freed
 
 
 async def pin(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
     """Keep it on the device; it is loaded if it is not."""
     entry = find(state, actor, name)
     async with load_place(state):
-        await _load(state, entry.ref, should_pin=True)
+        await bring(state, entry.ref, should_pin=True)
         await asyncio.to_thread(state.registry.set_pinned, entry.ref.name, True)
     actor.note("pinned", entry.ref)
-    return state.registry.entry(name)
+    return state.registry.entry(str(entry.ref))
 
 
 async def restore_pins(state: ServerState) -> None:
@@ -192,7 +151,7 @@ async def restore_pins(state: ServerState) -> None:
     pinned = [entry.ref for entry in state.registry.entries() if entry.is_pinned]
     for ref in pinned[: state.settings.num_slots]:
         try:
-            await _load(state, ref, should_pin=True)
+            await bring(state, ref, should_pin=True)
         except (AdapterError, EngineError, WireError) as error:
             audit_log.warning("admin.pin_not_restored name=%s error=%s", ref, type(error).__name__)
 
@@ -201,22 +160,38 @@ async def unpin(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
     """Let it be evicted again."""
     entry = find(state, actor, name)
     await asyncio.to_thread(state.registry.set_pinned, entry.ref.name, False)
-    if any(slot.ref == entry.ref for slot in state.engine.status().slots):
-        await _load(state, entry.ref, should_pin=False)
+    if is_on_device(state, entry.ref):
+        await bring(state, entry.ref, should_pin=False)
     actor.note("unpinned", entry.ref)
-    return state.registry.entry(name)
+    return state.registry.entry(str(entry.ref))
 
 
 async def remove(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
-    """Unregister: later requests get 404 at once, requests in flight finish, then the memory is freed."""
-    entry = find(state, actor, name)
+    """Unregister: later requests get 404 at once, requests in flight finish, then the memory is freed.
+
+    An alias goes alone, without what it means; ``name@3`` is that version alone.
+    """
+    if state.registry.pointers.alias(name) is not None:
+        entry = find(state, actor, name)
+        await remove_alias(state, actor, name)
+        return entry
+    entry = _find_to_remove(state, actor, name)
     refs = [entry.ref] if "@" in name else versions_in_memory(state, entry.ref)
     await asyncio.to_thread(state.registry.remove, name)
-    for ref in refs:
-        state.metrics.forget(ref)
+    if "@" not in name or len(entry.versions) == 1:
+        for ref in refs:
+            state.metrics.forget(ref)
     state.background.start(_free_later(state, refs))
     actor.note("removed", entry.ref)
     return entry
+
+
+def _find_to_remove(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
+    """Also a name that means nothing, for all its versions were registered with ``"promote": false``."""
+    if "@" not in name and actor.caller.may_use(name) and current_of(state, name) is None:
+        with suppress(AdapterNotFound):
+            return state.registry.versions(name)[-1]
+    return find(state, actor, name)
 
 
 async def _free_later(state: ServerState, refs: list[AdapterRef]) -> None:

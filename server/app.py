@@ -14,7 +14,19 @@ from starlette.responses import Response
 
 from server.errors import WireError, error_response, to_wire
 from server.middleware import BodyLimit, Boundary, Doorman, HeadAsGet, Recorder
-from server.routes import adapters, chat, completions, docs, health, models, sglang, tokenize, vllm
+from server.routes import (
+    adapters,
+    aliases,
+    chat,
+    completions,
+    docs,
+    health,
+    models,
+    sglang,
+    tokenize,
+    uploads,
+    vllm,
+)
 from server.state import ServerState
 from server.version import VERSION
 
@@ -25,6 +37,8 @@ ROUTERS = (
     tokenize.router,
     models.router,
     adapters.router,
+    aliases.router,
+    uploads.router,
     vllm.router,
     sglang.router,
     docs.router,
@@ -45,7 +59,11 @@ def create_app(state: ServerState) -> FastAPI:
             Middleware(Recorder, state=state),
             Middleware(Boundary),
             Middleware(Doorman, state=state),
-            Middleware(BodyLimit, max_bytes=int(state.settings.max_body)),
+            Middleware(
+                BodyLimit,
+                max_bytes=int(state.settings.max_body),
+                max_raw_bytes=int(state.settings.max_adapter_size),
+            ),
             Middleware(HeadAsGet),
         ],
         exception_handlers={

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from server.errors import WireError
 from server.keys import Caller, KeyRing, Scope
+from server.uploads import UPLOADS_PATH
 
 Need = Scope | Literal["public", "any"]
 """``public``: nobody is asked. ``any``: any valid key."""
@@ -28,7 +29,7 @@ ADMIN_PATHS = frozenset(
     }
 )
 INFER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
-ADMIN_PREFIXES = ("/v1/adapters", "/v1/models")
+ADMIN_PREFIXES = ("/v1/adapters", "/v1/models", "/v1/aliases")
 """Reading them takes any key, changing anything below them takes admin."""
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -41,6 +42,8 @@ def need_of(method: str, path: str) -> Need:
         return "metrics"
     if path in INFER_PATHS:
         return "infer"
+    if path.startswith(UPLOADS_PATH):
+        return "admin"
     if method not in _READS and (path in ADMIN_PATHS or path.startswith(ADMIN_PREFIXES)):
         return "admin"
     return "any"
@@ -89,10 +92,3 @@ def caller_of(connection: HTTPConnection) -> Caller:
     """The caller that the middleware put on the request."""
     caller: Caller = connection.state.caller
     return caller
-
-
-def require_visible(caller: Caller, name: str, near: tuple[str, ...] = ()) -> None:
-    """An adapter that the caller's globs do not match does not exist for it. Raises WireError 404."""
-    if not caller.may_use(name):
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise WireError(404, "model_not_found", f"no adapter named {name[:96]!r}{hint}")

@@ -30,6 +30,7 @@ from adapters.errors import (
     InsufficientMemory,
     InsufficientStorage,
     InvalidAdapterName,
+    NothingToRollBack,
     SourceRejected,
 )
 from base.errors import BaseError, InvalidImage, PromptError
@@ -143,6 +144,8 @@ def _from_adapters(exc: Exception) -> WireError | None:
     match exc:
         case AdapterNotFound() | AdapterNotLoaded():
             return WireError(404, "model_not_found", text)
+        case NothingToRollBack():
+            return invalid_request(text)
         case InvalidAdapterName():
             return WireError(400, "invalid_request", text, param="name")
         case AdapterExists():

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import WireError, error_response, retry_after, to_wire
 from server.settings import is_loopback_host
 from server.strictjson import require_json
+from server.uploads import is_raw_body
 
 if TYPE_CHECKING:
     from server.state import ServerState
@@ -138,7 +139,9 @@ class Doorman:
             _check_path(path)
             scope["state"]["caller"] = self._state.gate.admit(method, path, headers.get("authorization"))
             self._check_drain(path)
-            if method in BODY_METHODS:
+            if method in BODY_METHODS and not is_raw_body(
+                method, path
+            ):  # the upload's route asks for its own type
                 _check_content_type(headers)
         await self._app(scope, receive, send)
 
@@ -182,35 +185,36 @@ class BodyLimit:
     FastAPI's own ``max_body_size`` answers in plain text, and errors here have one envelope.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_raw_bytes: int) -> None:
+        """``max_raw_bytes`` is for the files of a package, which are not requests to be parsed."""
         self._app = app
         self._max_bytes = max_bytes
+        self._max_raw_bytes = max_raw_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._check_head(Headers(scope=scope).get("content-length"))
+        is_raw = is_raw_body(scope["method"], scope["path"])
+        limit = self._max_raw_bytes if is_raw else self._max_bytes
+        length = Headers(scope=scope).get("content-length")
+        if length is not None and length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
         num_bytes = 0
 
         async def receive_counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise self._too_large()
+            if num_bytes > limit:
+                raise _too_large(limit)
             return message
 
         await self._app(scope, receive_counted, send)
 
-    def _check_head(self, length: str | None) -> None:
-        if length is not None and length.isdigit() and int(length) > self._max_bytes:
-            raise self._too_large()
 
-    def _too_large(self) -> WireError:
-        return WireError(
-            413, "body_too_large", f"the body is over {self._max_bytes:,} bytes, this server's limit"
-        )
+def _too_large(limit: int) -> WireError:
+    return WireError(413, "body_too_large", f"the body is over {limit:,} bytes, this server's limit")
 
 
 class HeadAsGet:

@@ -135,6 +135,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     from server.metrics import Metrics
     from server.roots import register_roots
     from server.state import ServerState, unready_reasons
+    from server.uploads import Uploads
 
     limits = Limits(max_rank=settings.max_rank, max_package_bytes=int(settings.max_adapter_size))
     sites, names = discover_sites(base.module), _base_names(settings, base.spec.name)
@@ -142,6 +143,8 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         registry = Registry(state_dir, sites, limits, names, base_fingerprint=base.spec.fingerprint)
     except (AdapterError, OSError) as error:
         raise StartError(f"cannot open the registry in {state_dir}: {error}") from error
+    uploads = Uploads(state_dir / "uploads", int(settings.max_adapter_size))
+    uploads.clear_orphans()
     source = LocalSource(roots)
     report = register_roots(source, registry, state_dir)
     metrics = Metrics(base.spec.name)
@@ -160,6 +163,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         media=MediaLoader.of(settings, base.processor.images.max_pixels),
         metrics=metrics,
         gate=Gate(ring, is_loopback=settings.is_loopback),
+        uploads=uploads,
         max_model_len=engine.max_model_len,
     )
     metrics.watch(config.num_slots, config.block_size, engine.status, lambda: not unready_reasons(state))
@@ -167,6 +171,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         yield state, _page(state, base, report, None if does_last else state_dir)
     finally:
         engine.close()
+        uploads.close()
         state.media.close()
         registry.close()
 

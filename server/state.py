@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from server.media import MediaLoader
     from server.metrics import Metrics
     from server.settings import Settings
+    from server.uploads import Uploads
 
 HUNG_AFTER_S = 60.0
 """No step takes so long unless something is wrong: a device that hangs, or memory that swaps."""
@@ -123,6 +124,7 @@ class ServerState:
     media: MediaLoader
     metrics: Metrics
     gate: Gate
+    uploads: Uploads
     max_model_len: int
     """Longest prompt plus output in tokens, as the engine decided."""
     memory_by_part: dict[str, int] = field(default_factory=dict)

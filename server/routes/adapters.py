@@ -7,37 +7,39 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server import admin
+from server import admin, promotions
+from server.actors import find
 from server.adapter_view import AdapterViewer
 from server.admin import Registration
-from server.errors import WireError, unsupported
+from server.errors import WireError, invalid_request, unsupported
 from server.routes.reply import Fields, actor_of, json_reply
 from server.state import ServerState, state_of
 from server.strictjson import read_object
 
 if TYPE_CHECKING:
-    from adapters.registry import AdapterEntry
+    from adapters.entry import AdapterEntry
 
 router = APIRouter(tags=["adapters"])
 
 SCHEMES_OFF = (
     "only folders under this server's --adapter-root are supported; hub and object-store sources are not yet"
 )
-LATER = "this server keeps one current version of each name: register the content again under the name that you want"
+ACTS = "load, unload, pin, unpin, promote or rollback"
 
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> Response:
     """Every adapter that the caller may use."""
     state, actor = state_of(request), actor_of(request)
-    viewer = AdapterViewer(state.engine.status())
-    records = [viewer.record(e) for e in state.registry.entries() if actor.caller.may_use(e.ref.name)]
+    viewer = AdapterViewer(state.engine.status(), state.registry.pointers.aliases())
+    entries = state.registry.entries(has_candidates=True)
+    records = [viewer.record(e) for e in entries if actor.caller.may_use(e.ref.name)]
     return json_reply({"object": "list", "data": records})
 
 
 @router.post("/v1/adapters")
 async def register_adapter(request: Request) -> Response:
-    """Register a folder under a name: 201; the same content again: 200."""
+    """Register a folder or an upload under a name: 201; the same content again: 200."""
     state, actor = state_of(request), actor_of(request)
     wanted = read_registration(await read_object(request))
     entry, is_created = await admin.register(state, actor, wanted)
@@ -53,10 +55,13 @@ def read_registration(body: dict[str, object]) -> Registration:
         sha256=fields.optional_text("sha256", 80),
         should_pin=fields.flag("pin", False),
         should_load=fields.flag("load", True),
+        should_promote=fields.flag("promote", True),
     )
     fields.refuse("version", "versions are numbered by this server: leave `version` out")
     fields.refuse("profile", "profiles are not supported yet: leave `profile` out")
     fields.end()
+    if wanted.should_pin and not wanted.should_promote:
+        raise invalid_request("a pin follows what the name means: pin it once it is promoted", "pin")
     if "://" in wanted.source and not wanted.source.startswith("file://"):
         raise unsupported(SCHEMES_OFF, "source")
     return wanted
@@ -65,7 +70,7 @@ def read_registration(body: dict[str, object]) -> Registration:
 @router.get("/v1/adapters/{name:path}")
 async def show_adapter(request: Request, name: str) -> Response:
     state = state_of(request)
-    return _reply(state, admin.find(state, actor_of(request), name))
+    return _reply(state, find(state, actor_of(request), name))
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -77,7 +82,7 @@ async def delete_adapter(request: Request, name: str) -> Response:
 
 @router.patch("/v1/adapters/{name:path}")
 async def change_adapter(request: Request, name: str) -> Response:
-    admin.find(state_of(request), actor_of(request), name)
+    find(state_of(request), actor_of(request), name)
     raise unsupported("profiles are not supported yet, and nothing else of an adapter changes")
 
 
@@ -94,7 +99,7 @@ async def unload_adapter(request: Request, name: str) -> Response:
     state, actor = state_of(request), actor_of(request)
     await _no_fields(request)
     entry, freed = await admin.unload(state, actor, name)
-    record = AdapterViewer(state.engine.status()).record(entry)
+    record = _record(state, entry)
     return json_reply(
         {
             **record,
@@ -120,22 +125,49 @@ async def unpin_adapter(request: Request, name: str) -> Response:
 
 
 @router.post("/v1/adapters/{name:path}/promote")
+async def promote_adapter(request: Request, name: str) -> Response:
+    """Make a version what the bare name means, once it is on the device and probed."""
+    state, actor = state_of(request), actor_of(request)
+    fields = Fields(await _optional_object(request))
+    version, should_load = fields.version("version"), fields.flag("load", True)
+    fields.end()
+    if (version is None) is ("@" not in name):
+        raise invalid_request('say which version: {"version": 3}, or name@3 in the path', "version")
+    asked = name if version is None else f"{name}@{version}"
+    return _reply(state, await promotions.promote(state, actor, asked, should_load=should_load))
+
+
 @router.post("/v1/adapters/{name:path}/rollback")
-async def move_alias(request: Request, name: str) -> Response:
-    admin.find(state_of(request), actor_of(request), name)
-    raise unsupported(LATER)
+async def roll_back_adapter(request: Request, name: str) -> Response:
+    """Make a name or an alias mean what it meant before."""
+    state, actor = state_of(request), actor_of(request)
+    fields = Fields(await _optional_object(request))
+    should_load = fields.flag("load", True)
+    fields.end()
+    return _reply(state, await promotions.roll_back(state, actor, name, should_load=should_load))
 
 
 @router.post("/v1/adapters/{name:path}")
 async def unknown_act(request: Request, name: str) -> Response:
-    raise WireError(404, "not_found", "no such act: POST /v1/adapters/{name}/ load, unload, pin or unpin")
+    raise WireError(
+        404,
+        "not_found",
+        f"no such act: POST /v1/adapters/{{name}}/ {ACTS}",
+    )
 
 
 async def _no_fields(request: Request) -> None:
     """These acts take no field; an empty body or an empty object."""
-    if await request.body():
-        Fields(await read_object(request)).end()
+    Fields(await _optional_object(request)).end()
+
+
+async def _optional_object(request: Request) -> dict[str, object]:
+    return await read_object(request) if await request.body() else {}
 
 
 def _reply(state: ServerState, entry: AdapterEntry, status: int = 200) -> Response:
-    return json_reply(AdapterViewer(state.engine.status()).record(entry), status)
+    return json_reply(_record(state, entry), status)
+
+
+def _record(state: ServerState, entry: AdapterEntry) -> dict[str, object]:
+    return AdapterViewer(state.engine.status(), state.registry.pointers.aliases()).record(entry)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from adapters.errors import AdapterNotFound
 from server import admin
-from server.admin import Actor
+from server.actors import Actor, find
 from server.errors import WireError
 from server.media import DETAILS
 from server.routes.reply import actor_of, json_reply
 from server.state import ServerState, state_of
 
 if TYPE_CHECKING:
-    from adapters.registry import AdapterEntry
+    from adapters.entry import AdapterEntry
 
 router = APIRouter(tags=["models"])
 
@@ -24,10 +26,15 @@ OWNER = "lorikeet"
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base first, then every adapter that the caller may use."""
+    """The base first, then every adapter that the caller may use, then the aliases."""
     state, actor = state_of(request), actor_of(request)
     adapters = [e for e in state.registry.entries() if actor.caller.may_use(e.ref.name)]
     models = [_base(state), *(_adapter(state, e.ref.name, e.created_s, e.source) for e in adapters)]
+    for alias in state.registry.pointers.aliases():
+        with suppress(AdapterNotFound):  # one that is removed at this very moment
+            if actor.caller.may_use(alias.name):
+                entry = state.registry.entry(f"{alias.name}@{alias.version}")
+                models.append(_adapter(state, alias.alias, entry.created_s, str(entry.ref)))
     return json_reply({"object": "list", "data": models})
 
 
@@ -65,7 +72,7 @@ def adapter_name(state: ServerState, model: str) -> str:
 
 def _find(state: ServerState, actor: Actor, model: str) -> AdapterEntry:
     try:
-        return admin.find(state, actor, adapter_name(state, model))
+        return find(state, actor, adapter_name(state, model))
     except WireError as error:
         raise error.with_param("model") from None
 

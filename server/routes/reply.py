@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.admin import Actor
+from server.actors import Actor
 from server.auth import caller_of
 from server.errors import WireError, invalid_request, shorten, unsupported
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}|sha256:[0-9a-f]{8,64}")
 
 
 def json_reply(value: object, status: int = 200) -> Response:
@@ -48,6 +51,17 @@ class Fields:
         if not isinstance(value, bool):
             raise invalid_request(f"`{name}` must be true or false", name)
         return value
+
+    def version(self, name: str) -> str | None:
+        """A version as a selector: its number, as a number or a text, or ``sha256:<hex>``."""
+        value = self._body.pop(name, None)
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**9:
+            return str(value)
+        if isinstance(value, str) and _VERSION.fullmatch(value):
+            return value
+        raise invalid_request(f"`{name}` must be a version's number, or sha256:<8 to 64 hex digits>", name)
 
     def ignore(self, *names: str) -> None:
         """Fields that change nothing here, whatever they hold."""

@@ -7,7 +7,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from adapters.errors import AdapterNotFound
 from server import admin
-from server.admin import Actor, Registration
+from server.actors import Actor, find
+from server.admin import Registration
 from server.errors import WireError
 from server.routes.reply import Fields, actor_of, json_reply
 from server.state import ServerState, state_of
@@ -57,10 +58,10 @@ async def load_by_name(state: ServerState, actor: Actor, wanted: Registration, *
 
 async def _is_taken(state: ServerState, actor: Actor, wanted: Registration) -> bool:
     try:
-        entry = admin.find(state, actor, wanted.name)
+        entry = find(state, actor, wanted.name)
     except (AdapterNotFound, WireError):
         return False
-    return entry.ref.digest != await admin.digest_of(state, wanted.source)
+    return entry.ref.digest != await admin.digest_of(state, actor, wanted.source)
 
 
 def _say(request: Request, name: str, done: str) -> Response:

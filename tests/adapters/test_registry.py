@@ -425,7 +425,7 @@ def _fill(root: Path, num_names: int, example: AdapterRef) -> None:
         [(f"adapter-{index:05}", digest, digest, example.name) for index, digest in enumerate(digests)],
     )
     connection.executemany(
-        "INSERT INTO name VALUES (?, 1, 0, 1)", [(f"adapter-{index:05}",) for index in range(num_names)]
+        "INSERT INTO name VALUES (?, 1, 0, 1, '[]')", [(f"adapter-{index:05}",) for index in range(num_names)]
     )
     connection.commit()
     connection.close()

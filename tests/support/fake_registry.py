@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from adapters.catalogue import AliasRecord
 from adapters.errors import AdapterNotFound
 from adapters.ref import BASE, AdapterRef
 from base.prompt import ImagePart
@@ -34,10 +35,21 @@ class FakeEntry:
     ref: AdapterRef
 
 
+class FakePointers:
+    """No alias at all."""
+
+    def alias(self, alias: str) -> None:
+        return None
+
+    def aliases(self) -> list[AliasRecord]:
+        return []
+
+
 class FakeRegistry:
     """Names to refs, with leases counted; holds no packages."""
 
     def __init__(self, *names: str) -> None:
+        self.pointers = FakePointers()
         self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
         self.leases: list[AdapterRef] = []
 

@@ -25,6 +25,7 @@ from server.media import MediaLoader
 from server.metrics import Metrics
 from server.settings import Settings
 from server.state import ServerState, unready_reasons
+from server.uploads import Uploads
 from tests.fakes import BASE_NAME, FakeEngineClient, FakeProcessor, fake_spec
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def make_surface(
         media=MediaLoader.of(config, 1_000_000),
         metrics=metrics,
         gate=Gate(ring or KeyRing([]), is_loopback=is_loopback),
+        uploads=Uploads(folder / "uploads", int(config.max_adapter_size)),
         max_model_len=engine.max_model_len,
     )
     metrics.watch(8, 16, engine.status, lambda: not unready_reasons(state))

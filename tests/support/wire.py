@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ from server.keys import Key, KeyRing
 from server.metrics import Metrics
 from server.settings import Settings
 from server.state import ServerState
+from server.uploads import Uploads
 from tests.fakes import FakeEngineClient, FakeMedia, FakeProcessor, FakeRegistry, fake_spec
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ class Wire:
             media=cast(Any, fakes.media),
             metrics=Metrics("fake"),
             gate=Gate(KeyRing(keys), is_loopback=True),
+            uploads=Uploads(Path("no-uploads-here"), max_bytes=0),
             max_model_len=self.engine.max_model_len,
         )
         self.url = ""
