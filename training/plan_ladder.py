@@ -83,17 +83,19 @@ def _lower_ranks(recipe: Recipe, row: Row, device: Device) -> Iterator[Change]:
 
 def _halved(recipe: Recipe) -> Recipe:
     """Ranks and alphas alike, so that scales stay."""
-    parts = {name: getattr(recipe, name) for name in ("language", "merger", "vision")}
-    halves = {
-        name: replace(
-            part,
-            r=None if part.r is None else max(1, part.r // 2),
-            alpha=None if part.alpha is None else part.alpha / 2,
-        )
-        for name, part in parts.items()
-        if isinstance(part, PartRecipe)
-    }
-    return replace(recipe, r=recipe.r // 2, alpha=recipe.alpha / 2, **halves)
+    return replace(
+        recipe,
+        r=recipe.r // 2,
+        alpha=recipe.alpha / 2,
+        language=_half(recipe.language),
+        merger=_half(recipe.merger),
+        vision=_half(recipe.vision),
+    )
+
+
+def _half(part: PartRecipe) -> PartRecipe:
+    r = None if part.r is None else max(1, part.r // 2)
+    return replace(part, r=r, alpha=None if part.alpha is None else part.alpha / 2)
 
 
 def _fewer_targets(recipe: Recipe, row: Row, device: Device) -> Iterator[Change]:

@@ -11,7 +11,6 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -38,7 +37,6 @@ class ValueRefused(ValueError):
     """A value is of the wrong type or out of range; ``str()`` says what it was and what it should be."""
 
 
-@cache
 def hints_of(owner: type) -> dict[str, object]:
     """Field -> type, with those that need torch to import replaced by the names that they take."""
     return get_type_hints(owner, localns={"Format": FormatName, "OnBad": OnBadName})

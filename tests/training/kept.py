@@ -39,7 +39,9 @@ def _attend(module: object, query: Tensor, key: Tensor, value: Tensor, mask: obj
 def kept_by_a_layer(shape: BaseShape, recipe: Recipe, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes that one more language layer keeps: each storage once, weights left out."""
     AttentionInterface.register("kept_flash", _attend)
-    model = new_skeleton(replace(shape, layers=2)).to(dtype)
+    model = new_skeleton(replace(shape, layers=2))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     targets = resolve_targets(recipe, model)
     config = LoraConfig(
         r=targets.r,
