@@ -17,32 +17,15 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from base.linear import dequantised_weight
 from base.model import BaseModel
+from training.lora_parts import Dropout, ScaledLinear
 from training.recipe import Part
 from training.targets import Targets
 
 ADAPTER: Final = "default"
 _WRAPPER: Final = "base_model.model."
-
-
-class ScaledLinear(nn.Linear):
-    """PEFT's ``lora_B`` with the scale folded in before the product, as the server does, instead of after it.
-
-    So scales that are no power of two round alike here and there; and what is multiplied is the small factor.
-    """
-
-    def __init__(self, weight: nn.Parameter, scale: float) -> None:
-        """``weight`` [out, r], kept."""
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight = weight
-        self.scale: Final = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., r] -> [..., out]"""
-        return functional.linear(x, self.weight * self.scale)
 
 
 class AdapterLayers:
@@ -102,15 +85,22 @@ class AdapterLayers:
         return self._learning
 
     def learn(self, parts: Collection[Part]) -> None:
-        """Only ``parts`` from now on; the others keep what they know. Raises ValueError for one without a layer."""
+        """Only ``parts`` from now on; the others keep what they know, and act without dropout.
+
+        Raises ValueError for a part without a layer.
+        """
         absent = [part for part in parts if part not in self.targets.parts]
         if absent or not parts:
             here = ", ".join(self.targets.parts)
             raise ValueError(f"the adapter has no module in {', '.join(absent) or 'no part'}: it has {here}")
         self._learning = frozenset(parts)
         for name, layer in self.layers.items():
+            is_learning = self._parts[name] in self._learning
             for parameter in _adapter_parameters(layer).values():
-                parameter.requires_grad_(self._parts[name] in self._learning)
+                parameter.requires_grad_(is_learning)
+            # none at all, rather than one of 0, is what spares DoRA a second product with the base's weight
+            rate = self.targets.dropout if is_learning else 0.0
+            layer.lora_dropout[ADAPTER] = (Dropout(rate) if rate else nn.Identity()).train(layer.training)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All of the adapter, by the names that ``named_parameters`` of the PEFT model gives them."""

@@ -17,12 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,16 +29,13 @@ from training.adapter_files import save_adapter
 from training.adapter_layers import AdapterLayers, lora_config
 from training.attention import attention, set_attention, use_segments
 from training.batch import Batch
-from training.labels import IGNORED
+from training.head import head_losses, label_positions
 from training.loading import load_training_base
 from training.recipe import Part, Recipe
 from training.sight import Sight
 from training.targets import Targets
 
 __all__ = ["AdaptedBase", "SummedLoss", "load_training_base"]
-
-HEAD_ROWS: Final = 256
-"""Most rows that go through the head at once; a vocabulary of 152k makes 150 MiB of fp32 logits of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,21 +88,9 @@ class AdaptedBase(nn.Module):
     def _losses(self, batch: Batch) -> Tensor:
         with torch.autocast(self.base.device.type, enabled=False):
             batch = batch.to(self.base.device)
-            labelled = _label_positions(batch)
-            hidden = self._hidden(batch)[labelled - 1]
-            targets = batch.labels[labelled]
-            pairs = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-            return torch.cat([self._head_losses(*pair, is_only=len(labelled) <= HEAD_ROWS) for pair in pairs])
-
-    def _head_losses(self, hidden: Tensor, targets: Tensor, is_only: bool) -> Tensor:
-        """[N] cross entropies. Of several pieces, each one's logits are made again for the gradient, not kept."""
-        if is_only or not hidden.requires_grad:
-            return self._cross_entropies(hidden, targets)
-        result: Tensor = checkpoint(self._cross_entropies, hidden, targets, use_reentrant=False)
-        return result
-
-    def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(self.base.module.lm_head(hidden).float(), targets, reduction="none")
+            labelled = label_positions(batch)
+            predicting = self._hidden(batch)[labelled - 1]
+            return head_losses(self.base.module.lm_head, predicting, batch.labels[labelled])
 
     def _hidden(self, batch: Batch) -> Tensor:
         """[T, H], final-normed."""
@@ -130,15 +113,15 @@ class AdaptedBase(nn.Module):
         """[T, H]: tokens, and the pictures at image tokens."""
         embeds = self.base.embed_tokens(batch.ids)
         places = (batch.ids == self.base.spec.image_token_id).nonzero().squeeze(1)
-        if not batch.grids and not len(places):
-            return embeds
-        images = self._sight.embed(
-            batch.pixels, batch.grids, batch.digests, self._learning(), self._variant()
-        )
-        if len(images) != len(places):
+        num_expected = sum(t * h * w for t, h, w in batch.grids) // self.base.spec.merge_size**2
+        if len(places) != num_expected:
             raise ValueError(
-                f"{len(places)} image tokens for pictures of {len(images)}: the batch is not whole"
+                f"{len(places)} image tokens for pictures of {num_expected}: the batch is not whole"
             )
+        if not batch.grids:
+            return embeds
+        learning, variant = self._learning(), self._variant()
+        images = self._sight.embed(batch.pixels, batch.grids, batch.digests, learning, variant)
         return embeds.index_copy(0, places, images.to(embeds.dtype))
 
     def _learning(self) -> frozenset[Part]:
@@ -238,21 +221,6 @@ class AdaptedBase(nn.Module):
         self._sight.store.clear()
         if hasattr(self.base.module, "peft_config"):
             del self.base.module.peft_config
-
-
-def _label_positions(batch: Batch) -> Tensor:
-    """[num_labels] int64 into T. Raises ValueError when there is none, or one that no token comes before."""
-    positions = (batch.labels != IGNORED).nonzero().squeeze(1)
-    if not len(positions):
-        raise ValueError(f"no label in the batch of {_origins(batch)}: its loss would be no number")
-    starts = torch.tensor(batch.starts[:-1], device=positions.device)
-    if bool(torch.isin(positions, starts).any()):
-        raise ValueError(f"a sequence of {_origins(batch)} begins with a label, which nothing predicts")
-    return positions
-
-
-def _origins(batch: Batch) -> str:
-    return ", ".join(map(str, batch.origins))
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

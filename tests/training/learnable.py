@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from training.collator import Collator, Examples
 from training.faults import Origin
 from training.formats import Conversation, PictureRef, Turn
 from training.labels import Labeller
-from training.model import load_training_base
+from training.model import AdaptedBase, load_training_base
 from training.recipe import Recipe
+from training.targets import resolve_targets
 
 COLORS = ("red", "blue", "green", "yellow")
 
@@ -64,3 +66,21 @@ def batch_of(base: BaseModel, rows: Sequence[Conversation]) -> Batch:
 def base_state(base: BaseModel) -> dict[str, Tensor]:
     """Every tensor of the base, copied."""
     return {name: tensor.detach().clone() for name, tensor in base.module.state_dict().items()}
+
+
+def adapt(base: BaseModel, **fields: object) -> AdaptedBase:
+    """An adapter of rank 4 on everything, without dropout, but for ``fields`` of the recipe. Detach it."""
+    recipe = Recipe(**{"preset": ("all",), "r": 4, "dropout": 0.0, **fields})  # type: ignore[arg-type]
+    return AdaptedBase(base, resolve_targets(recipe, base.module), recipe)
+
+
+def randomise(model: AdaptedBase, seed: int = 3) -> None:
+    """As training would leave it: every tensor has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state()
+    for name, tensor in state.items():
+        if "magnitude" in name:
+            tensor.mul_(0.8 + 0.4 * torch.rand(tensor.shape, generator=generator))
+        else:
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    model.load_state(state)
