@@ -24,7 +24,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server": ("engine", "adapters", "base.processor"),
     "training": ("base", "adapters"),
     "bench": (),
-    "lorikeet": ("server",),
+    # The composition root of the command line: hands training the engine by which adapters are judged.
+    "lorikeet": ("server", "training", "engine.offline", "base.model"),
 }
 """What a room may import of ours, besides itself; a dotted name allows that module only."""
 

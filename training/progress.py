@@ -128,10 +128,11 @@ class _PlainBar:
 class TerminalProgress:
     """Rich's bars: a phase's own while it lasts, a tick and its seconds when it is over."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
+    def __init__(self, console: Console | None = None) -> None:
+        """``console`` is stderr's if not given."""
+        from rich import console as rich_console
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console or rich_console.Console(stderr=True)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
@@ -143,7 +144,7 @@ class TerminalProgress:
             )
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _rich_bars(console: Console) -> RichProgress:

@@ -77,6 +77,16 @@ class RunFolder:
         return self.root / "scores.json"
 
     @property
+    def samples(self) -> Path:
+        """Held-out questions answered at each evaluation, beside the base, as JSON lines."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def samples_sheet(self) -> Path:
+        """The last of them, drawn."""
+        return self.root / "samples.png"
+
+    @property
     def adapter(self) -> Path:
         """The trained weights as a plain PEFT folder, before they are judged."""
         return self.root / "adapter"
