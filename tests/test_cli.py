@@ -149,7 +149,7 @@ def remote() -> Iterator[Remote]:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             line = f"{self.command} {self.path}"
-            state.asked.append((line, json.loads(body) if body else None))
+            state.asked.append((line, json.loads(body) if body.startswith(b"{") else body or None))
             state.keys.append(self.headers.get("authorization"))
             status, content = state.replies.get(line, (404, b"not ours"))
             self.send_response(status)
@@ -157,7 +157,7 @@ def remote() -> Iterator[Remote]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_DELETE = answer  # noqa: N815
+        do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
         def log_message(self, format: str, *args: object) -> None:
             return
@@ -191,6 +191,78 @@ def test_list_shows_a_row_for_each_adapter(remote: Remote) -> None:
     result = run("adapters", "list", "--url", remote.url)
     assert result.exit_code == 0
     assert all(word in result.stdout for word in ("json", "2", "lora", "16", "q_proj,v_proj", "device"))
+
+
+def test_versions_shows_each_and_which_is_current(remote: Remote) -> None:
+    record = {**ENTRY, "versions": [1, 2], "aliases": [], "digest": "ab" * 32}
+    remote.replies["GET /v1/adapters"] = ok({"data": [record]})
+    for number in (1, 2):
+        shown = {
+            **record,
+            "version": number,
+            "current": number == 2,
+            "aliases": ["prod"] if number == 1 else [],
+        }
+        remote.replies[f"GET /v1/adapters/json%40{number}"] = ok(shown)
+    lines = run("adapters", "versions", "json", "--url", remote.url).stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["1", "no", "prod"], ["2", "yes", "-"]]
+    document = json.loads(run("adapters", "versions", "json", "--json", "--url", remote.url).stdout)
+    assert [version["current"] for version in document["versions"]] == [False, True]
+    assert run("adapters", "versions", "nobody", "--url", remote.url).exit_code == 1
+
+
+def test_promote_and_rollback_send_what_was_asked(remote: Remote) -> None:
+    remote.replies["POST /v1/adapters/acme%2Fjson/promote"] = ok(ENTRY)
+    remote.replies["POST /v1/adapters/acme%2Fjson/rollback"] = ok(ENTRY)
+    for arguments in (
+        ("promote", "acme/json", "2"),
+        ("promote", "acme/json", "sha256:0a1b2c3d", "--no-load"),
+    ):
+        assert run("adapters", *arguments, "--url", remote.url).exit_code == 0
+    for more in ((), ("--no-load",)):
+        assert run("adapters", "rollback", "acme/json", *more, "--url", remote.url).exit_code == 0
+    assert [body for _, body in remote.asked] == [
+        {"version": "2"},
+        {"version": "sha256:0a1b2c3d", "load": False},
+        {},
+        {"load": False},
+    ]
+
+
+def test_aliases_are_set_listed_and_removed(remote: Remote) -> None:
+    record = {"alias": "ft:prod", "target": "json@2", "before": ["json@1"]}
+    remote.replies["PUT /v1/aliases/ft%3Aprod"] = ok(record)
+    remote.replies["GET /v1/aliases"] = ok({"data": [record]})
+    remote.replies["DELETE /v1/aliases/ft%3Aprod"] = ok({"alias": "ft:prod", "deleted": True})
+    assert run("adapters", "alias", "set", "ft:prod", "json@2", "--url", remote.url).exit_code == 0
+    assert remote.asked == [("PUT /v1/aliases/ft%3Aprod", {"target": "json@2"})]
+    listed = run("adapters", "alias", "list", "--url", remote.url).stdout
+    assert listed.splitlines()[1].split() == ["ft:prod", "json@2", "json@1"]
+    assert json.loads(run("adapters", "alias", "list", "--json", "--url", remote.url).stdout)["data"] == [
+        record
+    ]
+    assert run("adapters", "alias", "remove", "ft:prod", "--url", remote.url).exit_code == 0
+    remote.replies["GET /v1/aliases"] = ok({"data": []})
+    assert "alias set" in run("adapters", "alias", "list", "--url", remote.url).stdout
+
+
+def test_add_with_upload_sends_the_package_and_registers_it(remote: Remote, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+    remote.replies["POST /v1/adapter-uploads"] = ok({"id": "up-1", "source": "upload:up-1"})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        remote.replies[f"PUT /v1/adapter-uploads/up-1/{name}"] = ok({"file": name})
+    remote.replies["POST /v1/adapters"] = ok(ENTRY)
+    result = run("adapters", "add", "json", str(tmp_path), "--upload", "--no-promote", "--url", remote.url)
+    assert result.exit_code == 0, result.output
+    assert remote.asked == [
+        ("POST /v1/adapter-uploads", {}),
+        ("PUT /v1/adapter-uploads/up-1/adapter_config.json", b"adapter_config.json"),
+        ("PUT /v1/adapter-uploads/up-1/adapter_model.safetensors", b"adapter_model.safetensors"),
+        ("POST /v1/adapters", {"name": "json", "source": "upload:up-1", "promote": False}),
+    ]
+    del remote.replies["PUT /v1/adapter-uploads/up-1/adapter_config.json"]
+    assert run("adapters", "add", "json", str(tmp_path), "--upload", "--url", remote.url).exit_code == 1
 
 
 def test_list_cuts_no_word_off_however_narrow_the_terminal(remote: Remote) -> None:

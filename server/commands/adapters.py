@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from server.commands.columns import columns
+from server.commands import pointers
+from server.commands.answers import ask, failed, report, write_json, write_table
+from server.commands.pointers import Name
 from server.commands.remote import DEFAULT_URL, AsJson, Key, Remote, RemoteError, Url, segment
 
-COLUMNS = ("name", "version", "kind", "rank", "tier", "state", "refs", "bytes", "targets")
-app = typer.Typer(help="List, add, remove, load and check adapters.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Adapter's name.")]
+COLUMNS = (
+    "name",
+    "version",
+    "current",
+    "kind",
+    "rank",
+    "tier",
+    "state",
+    "refs",
+    "bytes",
+    "aliases",
+    "targets",
+)
+app = typer.Typer(help="List, add, promote, remove, load and check adapters.", no_args_is_help=True)
+app.command("versions", short_help="Every version of an adapter, and which is current.")(pointers.versions)
+app.command("promote", short_help="Make a version what the name means.")(pointers.promote)
+app.command("rollback", short_help="Make a name mean what it meant before.")(pointers.rollback)
+app.add_typer(pointers.alias_app, name="alias", short_help="Further names for versions: list, set, remove.")
 
 
 @app.command("list", short_help="Registered adapters, and where their weights are.")
 def list_adapters(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Show every registered adapter and where its weights are."""
-    listing = _call(Remote(url, api_key), "GET", "/v1/adapters")
+    listing = ask(Remote(url, api_key), "GET", "/v1/adapters")
     rows = listing.get("data", [])
     if as_json:
-        _write_json(listing)
+        write_json(listing)
     elif rows:
-        table = [COLUMNS, *(tuple(_shown(row.get(column)) for column in COLUMNS) for row in rows)]
-        typer.echo("\n".join(columns(table)))
+        write_table(COLUMNS, rows)
     else:
         typer.echo("No adapter is registered. lorikeet adapters add NAME FOLDER adds one.")
 
@@ -32,7 +48,7 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson =
 @app.command("show", short_help="All that is known about one adapter.")
 def show(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Show all that is known about one adapter."""
-    _report(_call(Remote(url, api_key), "GET", f"/v1/adapters/{segment(name)}"), as_json)
+    report(ask(Remote(url, api_key), "GET", f"/v1/adapters/{segment(name)}"), as_json)
 
 
 @app.command("add", short_help="Register a package under a name, and load it.")
@@ -41,7 +57,8 @@ def add(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="FOLDER", help="Folder on the server's machine, under one of its --adapter-root."
+            metavar="FOLDER",
+            help="Folder on the server's machine, under one of its --adapter-root; or here, with --upload.",
         ),
     ],
     sha256: Annotated[
@@ -51,23 +68,48 @@ def add(
     load: Annotated[
         bool, typer.Option(help="Bring it to the device now, which also proves that it acts.")
     ] = True,
+    promote: Annotated[
+        bool, typer.Option(help="Make it what the name means; otherwise it is NAME@VERSION alone.")
+    ] = True,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Send the folder from this machine to the server.")
+    ] = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Register a package under a name and load it; the same name again makes its next version."""
-    folder = Path(source)
-    body: dict[str, object] = {"name": name, "source": str(folder.resolve()) if folder.is_dir() else source}
+    remote, folder = Remote(url, api_key), Path(source)
+    if upload:
+        source = _upload(remote, folder)
+    elif folder.is_dir():
+        source = str(folder.resolve())
+    body: dict[str, object] = {"name": name, "source": source}
     body |= {"sha256": sha256} if sha256 else {}
     body |= {"pin": True} if pin else {}
     body |= {} if load else {"load": False}
-    _report(_call(Remote(url, api_key), "POST", "/v1/adapters", body), as_json)
+    body |= {} if promote else {"promote": False}
+    report(ask(remote, "POST", "/v1/adapters", body), as_json)
+
+
+def _upload(remote: Remote, folder: Path) -> str:
+    """Send a package's files; the source to register."""
+    from adapters.package import COPIED_NAMES
+
+    found = [folder / name for name in COPIED_NAMES if (folder / name).is_file()]
+    opened = ask(remote, "POST", "/v1/adapter-uploads", {})
+    try:
+        for path in found:
+            remote.send_file(f"/v1/adapter-uploads/{opened['id']}/{path.name}", path)
+    except RemoteError as error:
+        raise failed(error) from error
+    return str(opened["source"])
 
 
 @app.command("remove", short_help="Unregister an adapter; what runs on it finishes.")
 def remove(name: Name, url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
     """Unregister an adapter; requests that run on it finish."""
-    _report(_call(Remote(url, api_key), "DELETE", f"/v1/adapters/{segment(name)}"), as_json)
+    report(ask(Remote(url, api_key), "DELETE", f"/v1/adapters/{segment(name)}"), as_json)
 
 
 @app.command("load", short_help="Bring an adapter to the device before its first use.")
@@ -111,40 +153,11 @@ def check(
 
     verdict = check_folder(folder, base, max_rank)
     if as_json:
-        _write_json(verdict.as_dict())
+        write_json(verdict.as_dict())
     else:
         typer.echo(verdict.text)
     raise typer.Exit(0 if verdict.is_accepted else 1)
 
 
 def _act(verb: str, name: str, remote: Remote, as_json: bool) -> None:
-    _report(_call(remote, "POST", f"/v1/adapters/{segment(name)}/{verb}", {}), as_json)
-
-
-def _call(remote: Remote, method: str, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
-    """As Remote.call; a failure is one line on stderr and status 1."""
-    try:
-        return remote.call(method, path, body)
-    except RemoteError as error:
-        typer.echo(f"lorikeet: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-def _report(value: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _write_json(value)
-        return
-    for key, item in value.items():
-        typer.echo(f"{key:<16} {_shown(item)}")
-
-
-def _write_json(value: dict[str, Any]) -> None:
-    import orjson
-
-    typer.echo(orjson.dumps(value).decode())
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return "-" if value is None else str(value)
+    report(ask(remote, "POST", f"/v1/adapters/{segment(name)}/{verb}", {}), as_json)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import quote
 
@@ -28,6 +29,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 600.0
 """A load or a long answer may take minutes; the server has deadlines of its own."""
+PIECE_BYTES = 1 << 20
 
 
 class RemoteError(Exception):
@@ -48,6 +50,23 @@ class Remote:
                 reply = client.request(method, path, json=body)
         except httpx2.HTTPError as error:
             raise self._unreachable(error) from error
+        if reply.status_code >= 400:
+            raise RemoteError(_message(reply.status_code, reply.content))
+        return _object(reply.content)
+
+    def send_file(self, path: str, file: Path) -> dict[str, Any]:
+        """PUT a file's bytes, a piece at a time. Raises RemoteError."""
+        import httpx2
+
+        try:
+            with self._client() as client, file.open("rb") as opened:
+                size = str(file.stat().st_size)
+                headers = {"content-type": "application/octet-stream", "content-length": size}
+                reply = client.put(path, content=iter(lambda: opened.read(PIECE_BYTES), b""), headers=headers)
+        except httpx2.HTTPError as error:
+            raise self._unreachable(error) from error
+        except OSError as error:
+            raise RemoteError(f"{file} cannot be read: {error.strerror}") from error
         if reply.status_code >= 400:
             raise RemoteError(_message(reply.status_code, reply.content))
         return _object(reply.content)
