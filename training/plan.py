@@ -32,7 +32,9 @@ from training.targets import Target, Targets, resolve_targets_on
 Device = Literal["cuda", "cpu"]
 GIB = 1 << 30
 CONTEXT_BYTES = 512 << 20
-"""Of the CUDA runtime and cuBLAS's workspace, beside the tensors."""
+"""Of the CUDA runtime, beside the tensors."""
+WORKSPACE_BYTES = 32 << 20
+"""Of cuBLAS, which torch allocates beside the tensors (Hopper's default; 8 MiB elsewhere)."""
 SLACK = 1.05
 """The allocator's gaps."""
 MEGAPIXEL = 1_000_000
@@ -208,7 +210,7 @@ def _moment(shape: BaseShape, recipe: Recipe, targets: Targets, load: Load) -> d
     return {
         "kept by the language layers": held + stream,
         "kept for pictures": pictures,
-        "at work": max(worst, tower - held - stream),
+        "at work": max(worst, tower - held - stream) + (WORKSPACE_BYTES if load.mask == 1 else 0),
     }
 
 

@@ -87,11 +87,13 @@ def language_layer_bytes(shape: BaseShape, layer: Iterable[Target], recipe: Reci
 
 
 def backward_bytes(hidden: int, mlp: int, weight: int, rows: int, recipe: Recipe, load: Load) -> int:
-    """Most that one layer's backward pass holds beside what was kept: at the down projection the gradients of its
-    input from the base (e M) and from the adapter (4 M, twice with dropout), those of the residual stream, and one
-    linear's weight taken out of its 4 bits (``weight`` numbers)."""
-    gradients = load.element * mlp + FP32 * mlp * (2 if recipe.dropout > 0 else 1)
-    stream = (2 * load.element + FP32) * hidden
+    """Most that one layer's backward pass holds beside what was kept: at the down projection the gradient of its input
+    from the adapter (4 M) and, with dropout, the base's beside it (e M); about 8 H of gradients of the residual stream,
+    10 with dropout; and one linear's weight taken out of its 4 bits (``weight`` numbers). What was kept goes as it is
+    used, so more never meets; compared with the live tensors of a backward pass at the real shapes."""
+    has_dropout = recipe.dropout > 0
+    gradients = (FP32 + (load.element if has_dropout else 0)) * mlp
+    stream = (10 if has_dropout else 8) * hidden
     unpacked = load.element * weight * (3 if recipe.dora else 1)
     return rows * (gradients + stream) + unpacked
 

@@ -10,10 +10,10 @@ import torch
 
 from server.commands.fit import SHAPES as SERVED_SHAPES
 from server.commands.fit import language_parameters as served_parameters
-from tests.training.kept import kept_by_a_layer
+from tests.training.kept import kept_by_a_layer, peak_of
 from tests.training.real_shapes import skeleton
-from training.plan import GIB, MemoryPlan, fits, plan_memory
-from training.plan_activations import HEAD_ROWS, Load, language_layer_bytes
+from training.plan import GIB, WORKSPACE_BYTES, MemoryPlan, fits, plan_memory
+from training.plan_activations import HEAD_ROWS, Load, backward_bytes, language_layer_bytes
 from training.plan_base import BaseUnknown, find_shape
 from training.plan_shape import KNOWN_SHAPES, BaseShape
 from training.plan_time import DataSize, measured_rate, plan_time
@@ -26,11 +26,10 @@ LEAN = Recipe(micro_batch=1, accumulation=1, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(("shape", "gib"), [(THREE, 5.1), (SEVEN, 9.0)], ids=["3b", "7b"])
-def test_the_floors_are_within_a_tenth_of_the_published_ones(shape: BaseShape, gib: float) -> None:
-    """At batch 1, 2,048 tokens and a picture of a megapixel; 5.5 and 9.5 GiB are what a run may take."""
+def test_the_floors_are_at_most_the_published_ones_and_near_them(shape: BaseShape, gib: float) -> None:
+    """At batch 1, 2,048 tokens and a picture of a megapixel. docs/recipes.md says where the difference comes from."""
     plan = plan_memory(shape, LEAN)
-    assert plan.total_bytes / GIB == pytest.approx(gib, rel=0.1)
-    assert plan.total_bytes < (gib + 0.4) * GIB
+    assert 0.88 * gib < plan.total_bytes / GIB <= gib
     assert plan.floor_bytes == pytest.approx(plan.total_bytes, rel=0.01)
 
 
@@ -76,6 +75,22 @@ def test_what_a_layer_keeps_is_what_autograd_saves_at_the_real_shapes(
     assert planned == pytest.approx(saved, rel=0.005)
 
 
+@pytest.mark.parametrize("shape", KNOWN_SHAPES, ids=["3b", "7b"])
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
+@pytest.mark.parametrize("is_twice", [True, False], ids=["checkpointing", "kept"])
+def test_the_peak_of_a_backward_pass_is_that_of_its_live_tensors_at_the_real_shapes(
+    shape: BaseShape, dropout: float, is_twice: bool
+) -> None:
+    """In three layers; nothing is unpacked there, and the embeddings are not counted."""
+    recipe = Recipe(dropout=dropout, activation_checkpointing=is_twice)
+    load = Load(tokens=2048, image_tokens=0, labels=0, element=2, mask=4)
+    layer = [t for t in resolve_targets_on(recipe, shape.sites()).modules if ".layers.1." in t.name]
+    kept = language_layer_bytes(shape, layer, recipe, load)
+    held = 2 * 2048 * 2 * shape.hidden + kept if is_twice else 3 * kept
+    planned = held + 2048 * 6 * shape.hidden + backward_bytes(shape.hidden, shape.mlp, 0, 2048, recipe, load)
+    assert planned == pytest.approx(peak_of(shape, recipe, 2048, 3), rel=0.06)
+
+
 def _total(recipe: Recipe, **row: int) -> int:
     return plan_memory(
         THREE, recipe, max_tokens=row.get("tokens", 1024), image_tokens=row.get("image", 512)
@@ -112,7 +127,7 @@ def test_the_head_costs_its_labelled_rows_and_never_more_than_a_piece() -> None:
     few = plan_memory(THREE, short, max_tokens=64, image_tokens=0, num_labels=8)
     many = plan_memory(THREE, short, max_tokens=64, image_tokens=0, num_labels=2048)
     assert few.total_bytes < many.total_bytes
-    assert many.parts["at work"] == HEAD_ROWS * 3 * 4 * THREE.vocab
+    assert many.parts["at work"] == HEAD_ROWS * 3 * 4 * THREE.vocab + WORKSPACE_BYTES
 
 
 def test_parts_sum_up_and_json_says_the_same() -> None:
