@@ -181,7 +181,7 @@ def test_activation_checkpointing_changes_no_gradient(base: BaseModel) -> None:
         assert len(calls) == (2 if is_checkpointed else 1)
         found.append([parameter.grad for parameter in model.trainable().values()])
         model.detach()
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_skill_is_learnt_in_a_few_steps(base: BaseModel) -> None:
@@ -239,7 +239,7 @@ def test_kept_pictures_change_no_bit_of_losses_and_gradients(base: BaseModel) ->
             found.append([loss.total, *(p.grad for p in model.trainable().values())])
             model.detach()
     for without, with_store in zip(found[:2], found[2:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(without, with_store, strict=True))  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(without, with_store, strict=True))
 
 
 def test_precision_is_what_the_recipe_says() -> None:
