@@ -8,6 +8,7 @@ Place in a training run: none; export, import and shrink prove their work with i
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,9 @@ class LogitCheck:
 
     def adapted(self, model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> Tensor:
         """As ``logits``, with stock PEFT's reading of an adapter, which is taken off again."""
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            adapted = PeftModel.from_pretrained(model, str(folder))
         adapted.eval()
         try:
             return self.logits(adapted)

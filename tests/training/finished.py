@@ -89,7 +89,7 @@ def rewrite(
             metadata={"format": "pt"},
         )
     if config is not None:
-        (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | config))
+        (folder / "adapter_config.json").write_text(json.dumps({**config_of(folder), **config}))
 
 
 def trained_from(
@@ -104,7 +104,7 @@ def trained_from(
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 size = moved * float(parameter.abs().mean() + 1e-3)
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(str(folder / "trained"))
     return folder / "initial", folder / "trained", answers(model, checkpoint)
 

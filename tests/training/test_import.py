@@ -336,7 +336,8 @@ def test_adapter_of_other_widths_is_refused(packages: dict[str, Path], tmp_path:
 def test_configurations_that_cannot_be_served_are_refused(
     config: dict[str, object], reason: str, packages: dict[str, Path], tmp_path: Path
 ) -> None:
-    foreign = copied(packages["rank4"], tmp_path / "foreign", **config)
+    foreign = copied(packages["rank4"], tmp_path / "foreign")
+    rewrite(foreign, config=config)
     with pytest.raises(ImportRefused, match=reason):
         import_adapter(foreign, tmp_path / "plain", check_logits=False)
 
