@@ -176,7 +176,7 @@ class Mover:
         except (MemoryError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
             return MoveFailed(load, _translate(load.ref, error))
         seconds = {"read": ready.read_s, "copy": time.monotonic() - begin_s}
-        return Moved(load, outcome.num_bytes, seconds, ready.origin)
+        return Moved(load, outcome.num_bytes, seconds, ready.origin, outcome.proof)
 
     def forget(self, ref: AdapterRef) -> int:
         """Free the adapter's copy on the host; returns its bytes. A read under way will not be kept either."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from adapters.errors import AdapterBusy, AdapterError
+from adapters.profile import Proof
 from adapters.ref import AdapterRef
 
 
@@ -55,6 +56,8 @@ class Moved:
     seconds: Mapping[str, float]
     """By stage: ``read`` (from disk, checked and prepared; 0 from the host tier) and ``copy`` (into the slot)."""
     origin: Tier = Tier.DISK
+    proof: Proof | None = None
+    """What its package lets a server check; None where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)

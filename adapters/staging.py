@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterRejected, RejectReason
+from adapters.profile import Proof
 from adapters.sites import SiteTable
 from adapters.weights import AdapterWeights, SiteWeights
 
@@ -37,6 +38,8 @@ class StagedSite:
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
     sites: Mapping[str, StagedSite]
+    proof: Proof | None = None
+    """Carried along for whoever proves it on the device."""
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +56,8 @@ class Stager:
 
     def stage(self, weights: AdapterWeights) -> StagedAdapter:
         """Raises AdapterRejected; shares memory with ``weights`` where nothing has to be converted."""
-        return StagedAdapter({name: self._stage_site(name, site) for name, site in weights.sites.items()})
+        sites = {name: self._stage_site(name, site) for name, site in weights.sites.items()}
+        return StagedAdapter(sites, weights.proof)
 
     def _stage_site(self, name: str, weights: SiteWeights) -> StagedSite:
         self._check(name, weights)

@@ -8,7 +8,7 @@ Only the probe that runs the model comes after it, in the engine.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -22,14 +22,15 @@ from adapters.package import (
     CONFIG_NAME,
     PROFILE_NAME,
     WEIGHTS_NAME,
+    file_sha256,
     missing_file,
     open_package_file,
     package_digest,
 )
 from adapters.placement import Placement, place
+from adapters.profile import MAX_PROFILE_BYTES, PackageProfile, read_profile
 from adapters.safetensors_header import read_header
 from adapters.sites import PARTS, Part, SiteTable
-from adapters.strict_json import parse_object
 
 MIB = 2**20
 
@@ -43,8 +44,8 @@ class Limits:
     """Rank 64 on all linears of the 7B takes 0.7 GiB in fp32; beyond 2 GiB it is not a LoRA."""
     max_config_bytes: int = MIB
     """PEFT writes about 1 KiB; target lists that name every module reach some 100 KiB."""
-    max_profile_bytes: int = 16 * MIB
-    """``lorikeet.json`` may carry probe prompts with logits."""
+    max_profile_bytes: int = MAX_PROFILE_BYTES
+    """``lorikeet.json`` carries a recipe, and probe prompts with logits."""
     max_header_bytes: int = 4 * MIB
     """An adapter on all linears of the 3B with DoRA has 1,242 tensors and a header of 250 KiB; the format's own
     reader would parse 100 MB."""
@@ -87,10 +88,12 @@ def check_package(
         raise SourceRejected("the source is not a folder that can be read")
     try:
         manifest = read_manifest(folder, limits, within)
-        _check_base(folder, manifest, limits, base_names, base_fingerprint, within)
+        profile = read_profile(folder, within, limits.max_profile_bytes) or PackageProfile()
+        check_base(manifest.base_name, profile.base.fingerprint, base_names, base_fingerprint)
         with _open(folder, WEIGHTS_NAME, limits.max_package_bytes, within) as file:
             placements = place_package(file, manifest, sites, limits)
             content = examine(file, placements)
+            _check_weights(file, profile.weights_sha256)
         return _report(manifest, package_digest(folder, within), content)
     except OSError as error:
         raise SourceRejected(f"the package cannot be read: {error.strerror}") from None
@@ -124,34 +127,19 @@ def _open(folder: Path, name: str, max_bytes: int, within: Path | None) -> Buffe
     return file
 
 
-def _check_base(
-    folder: Path,
-    manifest: AdapterManifest,
-    limits: Limits,
-    base_names: Collection[str],
-    base_fingerprint: str,
-    within: Path | None,
-) -> None:
-    fingerprint = ""
-    if os.path.lexists(folder / PROFILE_NAME):
-        with _open(folder, PROFILE_NAME, limits.max_profile_bytes, within) as file:
-            fingerprint = _fingerprint(file.read())
-    check_base(manifest.base_name, fingerprint, base_names, base_fingerprint)
-
-
-def _fingerprint(data: bytes) -> str:
-    """``base.fingerprint`` of ``lorikeet.json``; empty when it is not given."""
-    try:
-        profile = parse_object(data)
-    except (ValueError, RecursionError) as error:
+def _check_weights(file: BufferedReader, recorded: str) -> None:
+    """What ``lorikeet.json`` tells is of these weights, or of none."""
+    if not recorded:
+        return
+    file.seek(0)
+    found = file_sha256(file)
+    if found != recorded:
         raise AdapterRejected(
-            RejectReason.BAD_CONFIG, f"{PROFILE_NAME}: it cannot be read: {error}"
-        ) from None
-    base = profile.get("base", {})
-    fingerprint = base.get("fingerprint", "") if isinstance(base, Mapping) else None
-    if not isinstance(fingerprint, str):
-        raise AdapterRejected(RejectReason.BAD_CONFIG, f"{PROFILE_NAME}: base.fingerprint is not text")
-    return fingerprint
+            RejectReason.DIGEST_MISMATCH,
+            f"{PROFILE_NAME} was written for other weights: the package's files were mixed up, or the weights were "
+            f"changed afterwards; package them again, or remove {PROFILE_NAME}",
+            (found, recorded),
+        )
 
 
 def _report(manifest: AdapterManifest, digest: str, content: Content) -> PackageReport:

@@ -19,6 +19,7 @@ from torch import Tensor
 from adapters.errors import AdapterRejected, RejectReason, SourceRejected
 from adapters.package import WEIGHTS_NAME, open_package_file, package_digest
 from adapters.placement import Placement
+from adapters.profile import Proof, read_profile
 from adapters.safetensors_header import TensorInfo
 from adapters.sites import SiteTable
 from adapters.validation import Limits, place_package, read_manifest
@@ -50,6 +51,8 @@ class AdapterWeights:
     num_bytes: int
     max_rank: int
     digest: str
+    proof: Proof | None = None
+    """What its ``lorikeet.json`` lets a server check; None where it has none."""
 
 
 def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> AdapterWeights:
@@ -60,6 +63,7 @@ def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> Adapter
     """
     try:
         manifest = read_manifest(folder, _ACCEPTED)
+        profile = read_profile(folder)
         with open_package_file(folder, WEIGHTS_NAME) as file:
             placements = place_package(file, manifest, sites, _ACCEPTED)
             loaded = {placement.site.name: _load_site(file, placement) for placement in placements}
@@ -77,6 +81,7 @@ def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> Adapter
         num_bytes=sum(weights.num_bytes for weights in acting.values()),
         max_rank=max(weights.a.shape[0] for weights in acting.values()),
         digest=digest or package_digest(folder),
+        proof=None if profile is None else profile.proof,
     )
 
 

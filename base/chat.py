@@ -11,6 +11,7 @@ Does not know: images, pixels, models. Immutable. Place in a request's way: step
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -73,6 +74,11 @@ class ChatTemplate:
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         if not (self._takes_strings or self._takes_parts):
             raise InvalidMessage("the chat template shows no user text")
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the template's source."""
+        return hashlib.sha256(self._source.encode()).hexdigest()
 
     def render(
         self,

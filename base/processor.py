@@ -88,6 +88,15 @@ class Processor:
     def image_token_id(self) -> int:
         return self._ids.image
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of what each id means; computed anew at every look."""
+        return self._tokens.sha256
+
+    @property
+    def template_sha256(self) -> str:
+        return self._template.sha256
+
     def is_special(self, token_id: int) -> bool:
         return self._tokens.is_special(token_id)
 

@@ -9,6 +9,7 @@ Place in a request's way: step 3 (encoding) and step 11 (decoding).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -43,6 +44,14 @@ class Tokens:
     def added_token_chars(self) -> frozenset[str]:
         """First and last characters of added tokens: no added token can be spelt without them."""
         return frozenset(char for token in self._added_ids for char in (token[0], token[-1]))
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 over the bytes behind every id and which of them are special. Takes some 0.1 s for 150,000."""
+        digest = hashlib.sha256()
+        for number, data in enumerate(self._bytes):
+            digest.update(b"%d %d %d " % (number, number in self._special_ids, len(data)) + data)
+        return digest.hexdigest()
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of untrusted text: never an added token."""

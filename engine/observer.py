@@ -70,6 +70,18 @@ class AdapterMoved:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterProven:
+    """Its package's own probes were replayed before it became visible: the largest difference of a logit."""
+
+    ref: AdapterRef
+    difference: float
+    limit: float
+    """What rounding explains; beyond it the adapter is refused."""
+    is_exact: bool
+    """Not one bit differs."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterMoveFailed:
     ref: AdapterRef
     reason: str
@@ -125,6 +137,7 @@ Event = (
     | NextToken
     | SequenceEnded
     | AdapterMoved
+    | AdapterProven
     | AdapterMoveFailed
     | AdapterEvicted
     | AdapterLookup

@@ -1,19 +1,25 @@
-"""Probe: proof that a newly loaded adapter acts, before any request is routed to it.
+"""Probe: proof that a newly loaded adapter acts, and acts as when it was made, before any request is routed to it.
 
 The base and the adapter answer one fixed prompt in one small batch; the adapter must change the logits and keep them
-finite, or it is refused.
+finite. If its package tells what the fixed prompts were answered when it was made, they are asked again, each alone,
+and compared. What a package says never adds a prompt: two are all there are.
 """
 
 from __future__ import annotations
 
+import logging
+
 import torch
-from PIL import Image
 from torch import Tensor
 
 from adapters.errors import AdapterRejected, RejectReason
+from adapters.profile import ProcessorFacts, Proof, RecordedProbe
 from adapters.ref import BASE, AdapterRef
 from base.model import BaseModel
-from base.prompt import ImagePart, Message, PromptInputs, TextPart
+from base.probes import QUESTIONS, ProbeQuestion, probe_prompts
+from base.processor import Processor
+from base.prompt import PromptInputs
+from engine.replay import Replay, check_ids, compare
 from engine.request import GenerationRequest
 from engine.runner import Runner
 from engine.sampler import SamplerState
@@ -22,9 +28,7 @@ from engine.sequence import BASE_SLOT, Sequence
 from engine.step import Chunk, ImageJob, StepPlan
 from engine.vision_cache import VisionCache
 
-PROBE_TEXT = "Describe this picture."
-PROBE_IMAGE_SIDE = 56
-"""Pixels: four patches a side, the smallest grid that any checkpoint's processor leaves alone."""
+logger = logging.getLogger("lorikeet.engine")
 
 
 class Probe:
@@ -36,71 +40,127 @@ class Probe:
         self._base = base
         self._runner = runner
         self._vision_cache = vision_cache
-        self._text = base.processor.prepare_chat([Message("user", (TextPart(PROBE_TEXT),))])
-        self._picture = base.processor.prepare_chat([_picture_message()])
+        self._prompts = dict(zip(QUESTIONS, probe_prompts(base.processor), strict=True))
+        self._text = next(prompt for prompt in self._prompts.values() if not prompt.images)
+        self._picture = next(prompt for prompt in self._prompts.values() if prompt.images)
+        self._base_answers: dict[ProbeQuestion, Tensor] = {}
         num_blocks = probe_blocks(base, block_size) // 2
         self._blocks = (
             list(range(first_block, first_block + num_blocks)),
             list(range(first_block + num_blocks, first_block + 2 * num_blocks)),
         )
 
-    def check(self, ref: AdapterRef, slot: int) -> None:
-        """Raises AdapterRejected (``non_finite``, ``no_effect``, ``probe_failed``)."""
+    def check(self, ref: AdapterRef, slot: int, proof: Proof | None = None) -> Replay | None:
+        """What became of the package's own probes; None where it has none that are known here.
+
+        Raises AdapterRejected (``non_finite``, ``no_effect``, ``probe_failed``, ``probe_mismatch``, ``bad_config``).
+        """
+        self._check_effect(ref, slot)
+        return None if proof is None else self._replay(ref, slot, proof)
+
+    def _check_effect(self, ref: AdapterRef, slot: int) -> None:
         prompt = self._picture if ref.vision_digest else self._text
         chunks = (
-            self._chunk(prompt, BASE, BASE_SLOT, self._blocks[0]),
-            self._chunk(prompt, ref, slot, self._blocks[1]),
+            self._chunk(prompt, BASE, BASE_SLOT, self._blocks[0], _EVERY_ROW),
+            self._chunk(prompt, ref, slot, self._blocks[1], _EVERY_ROW),
         )
-        try:
-            base_logits, logits = self._run(StepPlan(chunks, _image_jobs(chunks)))
-        except Exception as error:  # an adapter that makes the model throw is the adapter's fault
-            raise AdapterRejected(
-                RejectReason.PROBE_FAILED, f"adapter {ref} makes the model fail ({type(error).__name__})"
-            ) from error
+        base_logits, logits = self._run(ref, chunks)
         if not bool(torch.isfinite(logits).all()):
             raise AdapterRejected(RejectReason.NON_FINITE, f"adapter {ref} gives NaN or infinite logits")
         if torch.equal(logits, base_logits):
             raise AdapterRejected(RejectReason.NO_EFFECT, f"adapter {ref} leaves the base's logits unchanged")
 
+    def _replay(self, ref: AdapterRef, slot: int, proof: Proof) -> Replay | None:
+        _note_pixels(ref, proof.processor, self._base.processor)
+        replay: Replay | None = None
+        for question, prompt in self._prompts.items():
+            recorded = _recorded(proof, question)
+            if recorded is None:
+                continue
+            check_ids(ref, recorded, prompt, proof.processor, self._base.processor)
+            logits = self._answer(prompt, ref, slot)
+            one = compare(ref, recorded, logits, self._base_answer(question))
+            replay = one if replay is None else replay.joined(one)
+        return replay
+
+    def _base_answer(self, question: ProbeQuestion) -> Tensor:
+        """[V] on the CPU; the base does not change, so it is asked once."""
+        if question not in self._base_answers:
+            self._base_answers[question] = self._answer(self._prompts[question], BASE, BASE_SLOT)
+        return self._base_answers[question]
+
+    def _answer(self, prompt: PromptInputs, ref: AdapterRef, slot: int) -> Tensor:
+        """[V] float32 on the CPU: the last row's logits, as a request that is alone in its step gets them."""
+        (logits,) = self._run(ref, (self._chunk(prompt, ref, slot, self._blocks[0], _LAST_ROW),))
+        return logits[-1].cpu()
+
     def warm_up(self) -> None:
         """The first pass through every kernel that a step uses, before anyone waits for it."""
-        chunks = (self._chunk(self._picture, BASE, BASE_SLOT, self._blocks[0]),)
+        chunks = (self._chunk(self._picture, BASE, BASE_SLOT, self._blocks[0], _EVERY_ROW),)
         self._runner.run(StepPlan(chunks, _image_jobs(chunks)))
 
-    def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """[n, V] logits of the base and of the adapter for every row of the prompt."""
+    def _run(self, ref: AdapterRef, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
+        """[n, V] logits of each chunk."""
+        plan = StepPlan(chunks, _image_jobs(chunks))
         keys = [job.key for job in plan.image_jobs]
         for key in keys:
             self._vision_cache.pin(key)
         try:
-            base_logits, logits = self._runner.run(plan).split()
+            return self._runner.run(plan).split()
+        except Exception as error:  # an adapter that makes the model throw is the adapter's fault
+            raise AdapterRejected(
+                RejectReason.PROBE_FAILED, f"adapter {ref} makes the model fail ({type(error).__name__})"
+            ) from error
         finally:
             for key in keys:
                 self._vision_cache.unpin(key)
-        return base_logits, logits
 
-    def _chunk(self, prompt: PromptInputs, ref: AdapterRef, slot: int, blocks: list[int]) -> Chunk:
-        params = SamplingParams(max_tokens=0, temperature=0.0)
-        request = GenerationRequest(f"probe-{ref}", prompt, ref, params, arrival_s=0.0, prompt_logprobs=0)
+    def _chunk(
+        self, prompt: PromptInputs, ref: AdapterRef, slot: int, blocks: list[int], rows: _Rows
+    ) -> Chunk:
+        params, prompt_logprobs = rows
+        request = GenerationRequest(
+            f"probe-{ref}", prompt, ref, params, arrival_s=0.0, prompt_logprobs=prompt_logprobs
+        )
         sampler = SamplerState(params, prompt.ids, (), self._base.spec.vocab_size)
         sequence = Sequence(request, sampler, slot=slot, blocks=blocks)
         return Chunk(sequence, 0, len(prompt.ids))
 
 
-def _picture_message() -> Message:
-    """A gradient: neither blank nor random, so that every patch differs and every run is the same."""
-    side = PROBE_IMAGE_SIDE
-    image = Image.linear_gradient("L").resize((side, side)).convert("RGB")
-    return Message("user", (ImagePart(image), TextPart(PROBE_TEXT)))
+_Rows = tuple[SamplingParams, int | None]
+_EVERY_ROW: _Rows = (SamplingParams(max_tokens=0, temperature=0.0), 0)
+_LAST_ROW: _Rows = (SamplingParams(max_tokens=1, temperature=0.0), None)
 
 
 def _image_jobs(chunks: tuple[Chunk, ...]) -> tuple[ImageJob, ...]:
     return tuple(
-        ImageJob(c.sequence.image_key(image), image, c.sequence.slot) for c in chunks for image in c.images()
+        ImageJob(c.sequence.image_key(image), image, _vision_slot(c.sequence))
+        for c in chunks
+        for image in c.images()
     )
+
+
+def _vision_slot(sequence: Sequence) -> int:
+    """As the scheduler has it: adapters without vision weights share the base's embeddings."""
+    return sequence.slot if sequence.adapter.vision_digest else BASE_SLOT
+
+
+def _recorded(proof: Proof, question: ProbeQuestion) -> RecordedProbe | None:
+    asked = (question.text, question.picture_side)
+    return next((probe for probe in proof.probes if (probe.text, probe.picture_side) == asked), None)
+
+
+def _note_pixels(ref: AdapterRef, was: ProcessorFacts, processor: Processor) -> None:
+    """Another pixel budget is the operator's to choose, and worth knowing: the adapter never saw such sizes."""
+    ours = (processor.images.min_pixels, processor.images.max_pixels)
+    theirs = (was.min_pixels, was.max_pixels)
+    if any(their is not None and their != our for their, our in zip(theirs, ours, strict=True)):
+        logger.warning(
+            "adapter.pixels_differ ref=%s trained_min=%s trained_max=%s min=%d max=%d", ref, *theirs, *ours
+        )
 
 
 def probe_blocks(base: BaseModel, block_size: int) -> int:
     """KV blocks that the probe needs beside the requests': twice its longest prompt."""
-    num_tokens = len(base.processor.prepare_chat([_picture_message()]).ids)
+    num_tokens = max(len(prompt.ids) for prompt in probe_prompts(base.processor))
     return 2 * -(-num_tokens // block_size)

@@ -15,8 +15,16 @@ from adapters.ref import AdapterRef
 from adapters.residency import Evict, Moved, MoveFailed, Residency
 from adapters.slots import SlotBank
 from engine.messages import LoadAdapter, LoadReport, UnloadAdapter, UnloadReport
-from engine.observer import AdapterEvicted, AdapterMoved, AdapterMoveFailed, DecodeStalled, Observer
+from engine.observer import (
+    AdapterEvicted,
+    AdapterMoved,
+    AdapterMoveFailed,
+    AdapterProven,
+    DecodeStalled,
+    Observer,
+)
 from engine.probe import Probe
+from engine.replay import Replay
 from engine.status import SlotStatus, SwapsPicture
 
 logger = logging.getLogger("lorikeet.engine")
@@ -128,7 +136,7 @@ class AdapterSwaps:
             return result
         begin_s = time.monotonic()
         try:
-            self._probe.check(ref, result.move.slot)
+            replay = self._probe.check(ref, result.move.slot, result.proof)
         except AdapterError as error:
             self._bank.clear(result.move.slot)
             return MoveFailed(result.move, error)
@@ -136,7 +144,16 @@ class AdapterSwaps:
         probe_s = time.monotonic() - begin_s
         if has_running:
             self._observer.record(DecodeStalled("adapter_probe", probe_s))
+        if replay is not None:
+            self._note_replay(ref, replay)
         return replace(result, seconds={**result.seconds, "probe": probe_s})
+
+    def _note_replay(self, ref: AdapterRef, replay: Replay) -> None:
+        logger.info(
+            "adapter.proven ref=%s probes=%d difference=%.6g limit=%.6g is_exact=%s",
+            ref, replay.num_probes, replay.difference, replay.limit, replay.is_exact,
+        )  # fmt: skip
+        self._observer.record(AdapterProven(ref, replay.difference, replay.limit, replay.is_exact))
 
     def _announce(self, result: Moved) -> None:
         took_ms = 1000 * sum(result.seconds.values())

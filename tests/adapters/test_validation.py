@@ -284,7 +284,7 @@ def test_a_broken_package_is_refused_with_its_own_reason(case: str, tmp_path: Pa
 
 
 def test_every_reason_but_those_of_other_rooms_has_a_case() -> None:
-    elsewhere = {RejectReason.DIGEST_MISMATCH, RejectReason.PROBE_FAILED}
+    elsewhere = {RejectReason.DIGEST_MISMATCH, RejectReason.PROBE_FAILED, RejectReason.PROBE_MISMATCH}
     assert {reason for reason, _ in BROKEN.values()} | elsewhere == set(RejectReason)
 
 
