@@ -63,6 +63,7 @@ class AdaptedBase(nn.Module):
         self._sight = Sight(base, (recipe.vision_cache_mib << 20) if keeps else 0)
         self._served_attention = use_segments(base.module)
         self._version = 0
+        self._is_detached = False
         if recipe.activation_checkpointing:
             _checkpoint_activations(base.module)
 
@@ -212,8 +213,9 @@ class AdaptedBase(nn.Module):
 
     def detach(self) -> None:
         """Leave the base for good, as it was to the bit. The weights stay readable. Idempotent."""
-        if not self._layers.is_on:
+        if self._is_detached:
             return
+        self._is_detached = True
         self.eval()
         self._layers.take_off()
         set_attention(self.base.module, self._served_attention)

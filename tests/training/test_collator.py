@@ -1,4 +1,4 @@
-"""Examples, Collator and LengthGroupedBatches: rows to batches, nothing padded, the same for any number of processes."""
+"""Examples, Collator and LengthGroupedBatches: rows to batches without padding, alike for any number of processes."""
 
 from __future__ import annotations
 

@@ -85,6 +85,8 @@ def test_the_base_is_bitwise_what_it_was_after_learning_serving_and_detaching(
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in base.module.parameters())
+    assert not any(getattr(child, "gradient_checkpointing", False) for child in base.module.modules())
+    assert not hasattr(base.module, "peft_config")
     with pytest.raises(RuntimeError, match="off this base"):
         model(batch)
 
@@ -137,6 +139,7 @@ def test_an_engine_left_on_the_bare_base_is_reported(base: BaseModel, tmp_path: 
     with pytest.raises(RuntimeError, match="off this base"):
         model(batch_of(base, texts()))
     model.detach()
+    assert not hasattr(base.module, "peft_config")
 
 
 def test_disabled_is_the_base_and_leaves_what_learns_as_it_was(base: BaseModel, model: AdaptedBase) -> None:
