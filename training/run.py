@@ -26,7 +26,7 @@ from training.outcome import Exit, Refused, RunResult
 from training.progress import Progress
 from training.ranks import Ranks
 from training.recipe import Recipe
-from training.recipe_sources import ResolvedRecipe
+from training.recipe_sources import RecipeError, ResolvedRecipe, resolve_recipe
 from training.run_data import RunData, gather
 from training.run_package import write_run_package
 from training.run_plan import foresee
@@ -122,9 +122,18 @@ def _opened(request: RunRequest, ranks: Ranks) -> Iterator[RunFolder | None]:
             request.folder, is_resumed=request.is_resumed, is_overwritten=request.is_overwritten
         )
     with folder:
-        folder.write_text(folder.recipe, request.resolved.as_yaml())
+        if not (request.is_resumed and _is_of(request.recipe, folder.recipe)):
+            folder.write_text(folder.recipe, request.resolved.as_yaml())
         ranks.wait()
         yield folder
+
+
+def _is_of(recipe: Recipe, file: Path) -> bool:
+    """Whether ``file`` says the same already, with the first origin of each value."""
+    try:
+        return resolve_recipe(file, {}).recipe == recipe
+    except RecipeError:
+        return False
 
 
 def _prepare(
