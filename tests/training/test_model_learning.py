@@ -225,7 +225,7 @@ def test_the_same_seed_gives_the_same_adapter(base: BaseModel) -> None:
 
 def test_kept_pictures_change_no_bit_of_losses_and_gradients(base: BaseModel) -> None:
     labeller = Labeller(base.processor)
-    examples = Examples(pictured(3), labeller)
+    examples = Examples(pictured(2), labeller)
     collate = Collator(labeller)
     found = []
     for mib in (0, 64):
@@ -233,7 +233,7 @@ def test_kept_pictures_change_no_bit_of_losses_and_gradients(base: BaseModel) ->
             model = adapt(base, vision_cache_mib=mib).train()
             randomise(model)
             model.set_trained_parts(parts)  # type: ignore[arg-type]
-            for drawn in ((0, 1), (1, 2), (2, 0, 1)):
+            for drawn in ((0, 1), (1, 0)):
                 loss = model(collate([examples[i] for i in drawn]))
                 loss.total.backward()
             found.append([loss.total, *(p.grad for p in model.trainable().values())])
