@@ -179,7 +179,7 @@ def _compare(files: BaseFiles, read: ReadAdapter, merged: Path, on_progress: Pro
     """One model at a time: the base, the base with the adapter by PEFT, then what was written."""
     check = LogitCheck(files.checkpoint)
     on_progress("compare logits", 0, 3)
-    model = check.load(files.checkpoint.folder)
+    model = check.base()
     base = check.logits(model)
     on_progress("compare logits", 1, 3)
     wanted = check.adapted_by(model, read.as_plain(), merged)

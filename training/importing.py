@@ -153,7 +153,7 @@ def _prove(files: BaseFiles | None, package: Path, on_progress: Progress) -> Log
         return None
     check = LogitCheck(files.checkpoint)
     on_progress("prove", 0, 2)
-    model = check.load(files.checkpoint.folder)
+    model = check.base()
     plain = check.logits(model)
     on_progress("prove", 1, 2)
     adapted = check.adapted(model, package)

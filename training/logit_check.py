@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from base.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from base.config import BaseConfig
 from base.loader import open_processor
 from base.processor import Processor
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
+from base.quantization import plan_quantization
 from training.plain import PlainSite, write_plain
 
 NUM_POSITIONS: Final = 8
@@ -97,29 +99,48 @@ class LogitCheck:
     """The prompts of one base, and the type and device on which they are run."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint: Final = checkpoint
         self._config: Final = BaseConfig(source=str(checkpoint.folder))
         processor = open_processor(self._config)
         self._prompts: Final = probe_prompts(processor)
         self._image_token_id: Final = processor.image_token_id
         self.device: Final = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         num_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
-        is_exact = self.device.type == "cpu" and num_bytes <= _FLOAT32_BYTES_LIMIT
+        self._is_quantised: Final = checkpoint.stored_quantization is not None
+        is_small = num_bytes <= _FLOAT32_BYTES_LIMIT
+        is_exact = self.device.type == "cpu" and is_small and not self._is_quantised
         stored = getattr(checkpoint.config, "dtype", None)
         self.dtype: Final = torch.float32 if is_exact else stored or torch.bfloat16
 
+    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The checkpoint as stock transformers loads it; one that is stored in 4 bits stays so."""
+        model = self.load(self._checkpoint.folder)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False  # packed, it is rounded once more
+        return model
+
     def load(self, folder: Path) -> Qwen2_5_VLForConditionalGeneration:
-        """The checkpoint in ``folder`` as stock transformers loads it."""
+        """The checkpoint in ``folder``, of the same kind, as stock transformers loads it."""
         had_bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder, dtype=self.dtype, device_map={"": self.device}, local_files_only=True
-            )
+                folder, config=self._model_config(folder), dtype=self.dtype,
+                device_map={"": self.device}, local_files_only=True,
+            )  # fmt: skip
         finally:
             if had_bars:
                 transformers_logging.enable_progress_bar()
         model.eval().requires_grad_(False)
         return model
+
+    def _model_config(self, folder: Path) -> Qwen2_5_VLConfig:
+        """With the list of 16-bit modules made anew, which in the wild names modules of older layouts."""
+        config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+        if self._is_quantised:
+            config.quantization_config = plan_quantization(self._checkpoint, self._config).stored
+        return config
 
     @torch.no_grad()
     def logits(self, model: torch.nn.Module) -> Tensor:

@@ -220,7 +220,7 @@ def _compare(
         return None
     check = LogitCheck(files.checkpoint)
     on_progress("compare logits", 0, 2)
-    model = check.load(files.checkpoint.folder)
+    model = check.base()
     plain = check.logits(model)
     old = check.adapted_by(model, read.as_plain(), shrunk)
     on_progress("compare logits", 1, 2)

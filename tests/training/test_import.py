@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from adapters.sites import discover_sites
 from adapters.validation import Limits, check_package
+from tests.support.oracle import load_stock
 from tests.support.packages import LAYOUTS
 from tests.support.zoo import ATTENTION, EVERYTHING, LANGUAGE, zoo
 from tests.training.finished import (
@@ -372,3 +374,19 @@ def test_names_of_no_linear_are_listed(packages: dict[str, Path], tmp_path: Path
 
 def test_target_everything_is_one_expression(packages: dict[str, Path]) -> None:
     assert config_of(packages["everything"])["target_modules"] == EVERYTHING
+
+
+def test_base_stored_in_4_bits_proves_an_effect_and_gives_no_pissa_back(
+    checkpoint: Path, packages: dict[str, Path], tmp_path: Path
+) -> None:
+    load_stock(checkpoint).save_pretrained(tmp_path / "quantised")
+    for path in checkpoint.iterdir():
+        if not (tmp_path / "quantised" / path.name).exists():
+            shutil.copy(path, tmp_path / "quantised")
+    base = str(tmp_path / "quantised")
+    report = import_adapter(packages["everything"], tmp_path / "plain", base=base)
+    assert report.logits is not None and report.logits.effect > 0.1
+    assert "taken for" in report.text
+    foreign = copied(packages["rank4"], tmp_path / "foreign", init_lora_weights="pissa")
+    with pytest.raises(ImportRefused, match="name the 16-bit base"):
+        import_adapter(foreign, tmp_path / "other", base=base)
