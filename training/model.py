@@ -86,6 +86,13 @@ class AdaptedBase(nn.Module):
         with self._judging():
             return self.base.logits(self._hidden(batch))
 
+    @torch.no_grad()
+    def last_logits(self, batch: Batch) -> Tensor:
+        """[S, V] float32, without dropout: what follows each sequence. Alone in its batch, a sequence has the very bits
+        that the engine serves: the head's rounding depends on how many rows it is given."""
+        with self._judging():
+            return self.base.logits(self._hidden(batch)[[end - 1 for end in batch.starts[1:]]])
+
     def _losses(self, batch: Batch) -> Tensor:
         with torch.autocast(self.base.device.type, enabled=False):
             batch = batch.to(self.base.device)

@@ -88,7 +88,7 @@ def agreement(
 
 def trainer_logits(model: AdaptedBase) -> Callable[[PromptInputs], Tensor]:
     """What ``prove`` and ``agreement`` take as the trainer's side: a prompt's last logits, [V] float32 on the CPU."""
-    return lambda prompt: model.logits(_batch(prompt))[-1].float().cpu()
+    return lambda prompt: model.last_logits(_batch(prompt))[0].float().cpu()
 
 
 def _batch(prompt: PromptInputs) -> Batch:
