@@ -3,16 +3,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -465,75 +461,3 @@ def _best_s(action: object) -> float:
         action()
         times.append(time.perf_counter() - start_s)
     return min(times)
-
-
-_WORKER = """
-import json, sys
-from pathlib import Path
-from adapters.registry import Registry
-from adapters.sites import Site
-from adapters.validation import Limits
-root, sites, packages = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-registry = Registry(Path(root), {s["name"]: Site(**s) for s in sites}, Limits(), [])
-assert "torch" not in sys.modules
-for turn in range(10_000):
-    name = f"a{turn % 5}"
-    if turn % 7 == 6:
-        registry.remove(f"a{(turn - 1) % 5}")
-        print("removed", f"a{(turn - 1) % 5}", flush=True)
-    entry, _ = registry.register(name, Path(packages[turn % len(packages)]))
-    print("added", name, entry.ref.version, entry.ref.digest, flush=True)
-"""
-
-
-def test_whatever_was_acknowledged_survives_kill_9(root: Path, packages: list[Path]) -> None:
-    chance = random.Random(5)
-    table = json.dumps([asdict(site) for site in SITES.values()])
-    expected: dict[str, tuple[str, str]] = {}
-    for _ in range(4):
-        worker = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(root), table, *map(str, packages)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-        assert worker.stdout is not None
-        for line in (worker.stdout.readline() for _ in range(chance.randint(1, 25))):
-            _take_in(expected, line)
-        time.sleep(chance.random() * 0.02)
-        worker.send_signal(signal.SIGKILL)
-        last = worker.stdout.read().splitlines()
-        worker.wait()
-        for line in last:
-            _take_in(expected, line)
-
-        registry = open_registry(root)
-        for entry in registry.entries():
-            assert registry.load(entry.ref).digest == entry.ref.digest
-        num_unacknowledged = sum(
-            _meaning(registry, name) != meaning for name, meaning in expected.items()
-        ) + len({entry.ref.name for entry in registry.entries()} - expected.keys())
-        assert num_unacknowledged <= 2, "at most the one removal and the one registration that were in flight"
-        assert stored(root) == {
-            version.ref.digest for e in registry.entries() for version in registry.versions(e.ref.name)
-        }
-        expected = {
-            entry.ref.name: (str(entry.ref.version), entry.ref.digest) for entry in registry.entries()
-        }
-        registry.close()
-
-
-def _take_in(expected: dict[str, tuple[str, str]], line: str) -> None:
-    match line.split():
-        case ["added", name, version, digest]:
-            expected[name] = (version, digest)
-        case ["removed", name]:
-            expected[name] = ("", "")
-
-
-def _meaning(registry: Registry, name: str) -> tuple[str, str]:
-    try:
-        ref = registry.resolve(name)
-    except AdapterNotFound:
-        return ("", "")
-    return (str(ref.version), ref.digest)
