@@ -5,11 +5,12 @@ differs; on another, rounding may. Runs nothing: engine/probe.py does. Place in 
 adapter is shown to anyone.
 
 The tolerance. bfloat16 keeps 8 bits, so each rounding is off by at most 2^-8 of its value; over the some 8 roundings a
-layer of 28 layers that adds up to at most sqrt(8 * 28) * 2^-8 / sqrt(3), 3.4 % of a hidden state, and so of the logits'
-spread; the largest of 64 logits lies at two to three of these, under 10 %. Measured, bfloat16 against float32 in all computations: 2 % on
-the embedded base, 6 % on 28 random layers, up to 5 % with trained adapters; random adapters of full strength amplify it
-to 20 to 60 %, and so does what they change. Hence a quarter of the spread, and beside it a tenth of what the adapter
-changes. An adapter that is scaled wrongly, or that sits on other weights, is off by half of what it changes and more.
+layer of 28 layers that adds up to at most sqrt(8 * 28) * 2^-8 / sqrt(3), 3.4 % of a hidden state, and so of the
+logits' spread; the largest of 64 logits lies at two to three of these, under 10 %. Measured, bfloat16 against float32
+in all computations: 2 % on the embedded base, 6 % on 28 random layers, up to 5 % with trained adapters; random
+adapters of full strength amplify it to 20 to 60 %, and so does what they change. Hence a quarter of the spread, and
+beside it a tenth of what the adapter changes. An adapter that is scaled wrongly, or that sits on other weights, is off
+by half of what it changes and more.
 """
 
 from __future__ import annotations
