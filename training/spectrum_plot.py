@@ -19,7 +19,7 @@ from training.spectrum import SiteSpectrum, Spectrum, grid_of
 def plot_spectrum(spectrum: Spectrum, path: Path) -> None:
     """Write a PNG: for each part the decay, the effective rank and the size of the change by layer and module."""
     parts = [part for part in PARTS if spectrum.of(part)]
-    figure = Figure(figsize=(15, 3.6 * len(parts)), layout="constrained")
+    figure = Figure(figsize=(15, 3.8 * len(parts)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(parts), 3, squeeze=False)
     for row, part in zip(axes, parts, strict=True):
@@ -30,6 +30,10 @@ def plot_spectrum(spectrum: Spectrum, path: Path) -> None:
         sizes = [(100 * (each.of_base or 0)) if has_base else each.norm for each in sites]
         title = "change, % of the base's weight" if has_base else "norm of the change"
         _map(figure, row[2], f"{part}: {title}", sites, sizes)
+    # by hand: the automatic layouts draw everything twice over
+    figure.subplots_adjust(
+        left=0.05, right=0.98, bottom=0.2 / len(parts), top=1 - 0.2 / len(parts), wspace=0.35, hspace=0.4
+    )
     figure.suptitle(f"{spectrum.adapter}: {spectrum.kind}, {len(spectrum.sites)} linears")
     figure.savefig(path, format="png", dpi=110)
 
@@ -53,7 +57,8 @@ def _map(
     table = np.array([[found.get(layer, np.nan) for layer in layers] for found in grid.values()])
     image = axes.imshow(table, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(grid)), list(grid))
-    axes.set_xticks(range(0, len(layers), max(1, len(layers) // 8)))
+    ticks = range(0, len(layers), max(1, len(layers) // 8))
+    axes.set_xticks(ticks, [str(layers[tick]) for tick in ticks])
     axes.set_xlabel("layer")
     axes.set_title(title)
     figure.colorbar(image, ax=axes)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -244,7 +245,9 @@ def test_inspect_prints_a_table_and_draws(package: Path, tmp_path: Path) -> None
     result = call("inspect", package, "--plot", tmp_path / "spectrum.png")
     assert result.exit_code == 0
     assert "by layer" in result.stdout
-    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "spectrum.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
 
 
 @pytest.mark.parametrize("command", ["export", "import", "shrink", "inspect"])

@@ -21,7 +21,6 @@ from training.plain import sites_of
 from training.refusals import FolderRefused, ToolRefused
 from training.shrink import shrink
 from training.spectrum import inspect
-from training.spectrum_plot import plot_spectrum
 
 SAMPLES = Path(__file__).parents[2] / "adapters" / "samples"
 WIDE = {
@@ -212,15 +211,6 @@ def test_inspect_finds_true_rank_and_needs_no_base(tmp_path: Path) -> None:
     spectrum = inspect(of_true_rank(tmp_path / "r64", 16, 64))
     assert all(each.rank == 64 and each.rank_99 <= 16 and each.of_base is None for each in spectrum.sites)
     assert "lorikeet adapters shrink --rank" in spectrum.text
-
-
-def test_plot_is_a_picture_with_ink(tmp_path: Path) -> None:
-    from PIL import Image
-
-    plot_spectrum(inspect(SAMPLES / "patterns"), tmp_path / "spectrum.png")
-    with Image.open(tmp_path / "spectrum.png") as image:
-        assert image.format == "PNG"
-        assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
 
 
 def test_sites_of_a_package_are_those_of_its_names(tmp_path: Path) -> None:
