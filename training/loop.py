@@ -182,7 +182,7 @@ class Loop(Trainer):
 
     # ---- between steps
 
-    def evaluate(  # type: ignore[override]  # Trainer's arguments have no meaning here
+    def evaluate(  # Trainer's arguments have no meaning here
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """After the steps so far. The model is in training again afterwards, random streams are where they were."""

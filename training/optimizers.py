@@ -80,7 +80,7 @@ def make_optimizer(groups: Iterable[Group], recipe: Recipe, device: torch.device
 
         return Adafactor(groups, lr=recipe.lr, scale_parameter=False, relative_step=False)
     if recipe.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     if device.type != "cuda":
@@ -88,7 +88,7 @@ def make_optimizer(groups: Iterable[Group], recipe: Recipe, device: torch.device
             f"optimizer {recipe.optimizer} keeps its memory in pages of a CUDA device, and the base is on"
             f" {device.type}: use adamw_8bit, or adafactor for less memory"
         )
-    from bitsandbytes.optim import PagedAdamW8bit
+    from bitsandbytes.optim.adamw import PagedAdamW8bit
 
     return PagedAdamW8bit(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 

@@ -25,7 +25,8 @@ def plot_loss(log: Path, picture: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=110)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.11, top=0.93)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     at, losses = _numbers(steps, "step"), _numbers(steps, "loss")

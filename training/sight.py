@@ -85,10 +85,14 @@ class Sight:
             inputs.append(args[0])
             return torch.arange(output.shape[0], device=output.device).unsqueeze(1)
 
-        handle = self._base.module.model.visual.merger.register_forward_hook(catch)
+        merger = self._base.module.model.visual.merger
+        was_training = merger.training
+        merger.eval()  # its output is thrown away: a dropout drawn for it would shift what the step draws
+        handle = merger.register_forward_hook(catch)
         try:
             order = self._whole(pixels, grids).squeeze(1)
         finally:
             handle.remove()
+            merger.train(was_training)
         groups = inputs[0].reshape(order.shape[0], -1, inputs[0].shape[-1])
         return groups[order].flatten(0, 1)

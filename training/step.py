@@ -86,7 +86,7 @@ class GradientStep:
     def _micro(self, step: int, place: int, batch: Batch, num_labels: int) -> Tensor:
         """[] float32, the sum over the batch's labels; its gradient divided by the step's labels."""
         with stream(self._recipe.seed, step, place, self._device):
-            total = self._model(batch.to(self._device)).total
+            total: Tensor = self._model(batch.to(self._device)).total
             if (
                 total.requires_grad
             ):  # not for rows that reach no learning part, such as text when the tower learns

@@ -155,6 +155,7 @@ def _arguments(model: AdaptedBase, recipe: Recipe, folder: Path) -> TrainingArgu
         eval_strategy="no",
         save_strategy="no",
         logging_nan_inf_filter=False,
+        ignore_data_skip=True,  # the feed begins where the run does
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=model.base.device.type == "cpu",
