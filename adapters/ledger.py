@@ -134,13 +134,15 @@ class Ledger:
             has_moved = promote and pointers.promote(connection, name, number)
             return Inserted(number, is_new=found is None, has_moved=has_moved)
 
-    def remove(self, name: str, version: int | None = None) -> list[str]:
+    def remove(self, name: str, version: int | None = None, *, is_spared_if_meant: bool = False) -> list[str]:
         """Forget a name, or one version of it, and return the aliases that this moved.
 
         Whatever pointed at what is gone goes back to what it pointed at before; a name without versions is gone, an
-        alias without a target too.
+        alias without a target too. A version may be spared if anything points at it.
         """
         with self._change(name) as connection:
+            if is_spared_if_meant and pointers.is_meant(connection, name, version):
+                return []
             connection.execute(
                 "UPDATE version SET is_removed = 1 WHERE name = ? AND version = coalesce(?, version)",
                 (name, version),

@@ -104,6 +104,13 @@ def aliases_of(connection: sqlite3.Connection, name: str, version: int | None) -
     return [row[0] for row in connection.execute(query, (name, version)).fetchall()]
 
 
+def is_meant(connection: sqlite3.Connection, name: str, version: int | None) -> bool:
+    """Whether the bare name or an alias means this version."""
+    query = "SELECT 1 FROM name WHERE name = ? AND current = ?"
+    is_current = connection.execute(query, (name, version)).fetchone() is not None
+    return is_current or bool(aliases_of(connection, name, version))
+
+
 def leave_removed_target(connection: sqlite3.Connection, alias: str) -> None:
     """After a removal: an alias whose version is gone goes one step back, or is gone too."""
     query = "SELECT name, version, history FROM alias WHERE alias = ?"

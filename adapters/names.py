@@ -89,6 +89,12 @@ class Names:
             records = list(self._catalogue)
         return sorted(records, key=lambda record: record.name)
 
+    def pinned(self) -> list[AdapterRef]:
+        """What pinned names mean now, in order of their names."""
+        with self._reading:
+            heads = [record.head for record in self._catalogue if record.is_pinned]
+        return sorted((head.ref for head in heads if head is not None), key=lambda ref: ref.name)
+
     def is_live(self, ref: AdapterRef) -> bool:
         with self._reading:
             return self._catalogue.find(ref) is not None
@@ -112,9 +118,10 @@ class Names:
             self._read(name)
         return inserted
 
-    def remove(self, name: str, version: int | None) -> None:
+    def remove(self, name: str, version: int | None, *, is_spared_if_meant: bool = False) -> None:
+        """As Ledger.remove."""
         with self._writing:
-            moved = self._ledger.remove(name, version)
+            moved = self._ledger.remove(name, version, is_spared_if_meant=is_spared_if_meant)
             for written in (name, *moved):
                 self._read(written)
 

@@ -14,6 +14,7 @@ from adapters.entry import AdapterEntry, entry_of
 from adapters.errors import AdapterNotFound, NothingToRollBack
 from adapters.leases import LeaseBook
 from adapters.names import Names
+from adapters.ref import AdapterRef
 from adapters.spelling import Spelling
 
 _log = logging.getLogger("lorikeet.adapters.pointers")
@@ -78,6 +79,10 @@ class Pointers:
     def aliases(self) -> list[AliasRecord]:
         """In order."""
         return self._names.aliases()
+
+    def pinned(self) -> list[AdapterRef]:
+        """What pinned names mean, in order of their names."""
+        return self._names.pinned()
 
     def _entry(self, name: str) -> AdapterEntry:
         return entry_of(*self._names.find(name), self._leases)

@@ -178,6 +178,21 @@ class Registry:
         _log.info("adapter.removed ref=%s", entry.ref)
         return entry
 
+    def unstage(self, ref: AdapterRef) -> None:
+        """Forget a version that was staged and did not prove itself; unless somebody has promoted it meanwhile."""
+        self._names.remove(ref.name, ref.version, is_spared_if_meant=True)
+        self._garbage.collect(ref.digest)
+        _log.info("adapter.unstaged ref=%s", ref)
+
+    def refresh(self) -> None:
+        """Take in what other servers wrote, and delete what could not be deleted before. For a regular look."""
+        self._names.watch()
+        self._garbage.collect()
+
+    def has(self, ref: AdapterRef) -> bool:
+        """Whether this version is registered, as far as this process knows; at once."""
+        return self._names.is_live(ref)
+
     # ---- what is done with them --------------------------------------------------------------------------------
 
     def set_pinned(self, name: str, is_pinned: bool) -> None:

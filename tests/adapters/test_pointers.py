@@ -85,6 +85,24 @@ def test_a_name_of_which_nothing_was_promoted_means_nothing_and_names_its_latest
     assert registry.entries(has_candidates=True) == []
 
 
+def test_unstaging_takes_what_nothing_means_and_spares_what_was_promoted_meanwhile(
+    registry: Registry, root: Path, packages: list[Path]
+) -> None:
+    registry.register("a", packages[0])
+    refs = [registry.stage("a", package).entry.ref for package in packages[1:4]]
+    registry.pointers.promote(str(refs[0]))
+    registry.pointers.point("prod", str(refs[1]))
+    for ref in refs:
+        registry.unstage(ref)
+    assert [registry.has(ref) for ref in refs] == [True, True, False]
+    assert [entry.ref.version for entry in registry.versions("a")] == [1, 2, 3]
+    assert not (root / "packages" / refs[2].digest).exists()
+    alone = registry.stage("alone", packages[3]).entry.ref
+    registry.unstage(alone)
+    assert registry.entries(has_candidates=True) == registry.entries()
+    assert version_of(registry, "alone@1") is None
+
+
 # ---- promoting and going back ----------------------------------------------------------------------------------
 
 

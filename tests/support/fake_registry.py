@@ -10,7 +10,9 @@ from PIL import Image
 
 from adapters.catalogue import AliasRecord
 from adapters.errors import AdapterNotFound
+from adapters.manifest import Kind
 from adapters.ref import BASE, AdapterRef
+from adapters.sites import Part
 from base.prompt import ImagePart
 
 
@@ -31,8 +33,19 @@ class FakeLease:
 
 
 @dataclass(frozen=True, slots=True)
+class FakeReport:
+    """A package, as far as composing goes."""
+
+    kind: Kind = "lora"
+    rank: int = 8
+    targets: tuple[str, ...] = ("q_proj",)
+    parts: tuple[Part, ...] = ("language",)
+
+
+@dataclass(frozen=True, slots=True)
 class FakeEntry:
     ref: AdapterRef
+    report: FakeReport = FakeReport()
 
 
 class FakePointers:
@@ -44,6 +57,9 @@ class FakePointers:
     def aliases(self) -> list[AliasRecord]:
         return []
 
+    def pinned(self) -> list[AdapterRef]:
+        return []
+
 
 class FakeRegistry:
     """Names to refs, with leases counted; holds no packages."""
@@ -52,6 +68,8 @@ class FakeRegistry:
         self.pointers = FakePointers()
         self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
         self.leases: list[AdapterRef] = []
+        self.reports: dict[str, FakeReport] = {}
+        """By name; others are ``FakeReport()``."""
 
     def resolve(self, name: str, *, is_visible: Callable[[str], bool] = lambda name: True) -> AdapterRef:
         if name == "base":
@@ -62,6 +80,16 @@ class FakeRegistry:
                 return found
         near = tuple(other for other in self.versions if other[:3] == stem[:3] and is_visible(other))
         raise AdapterNotFound(name, near)
+
+    def entry(self, name: str) -> FakeEntry:
+        ref = self.resolve(name)
+        return FakeEntry(ref, self.reports.get(ref.name, FakeReport()))
+
+    def refresh(self) -> None:
+        """There are no other servers."""
+
+    def has(self, ref: AdapterRef) -> bool:
+        return ref in self.versions.get(ref.name, [])
 
     def entries(self) -> list[FakeEntry]:
         return [FakeEntry(versions[-1]) for versions in self.versions.values()]
