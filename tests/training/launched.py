@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from tests.training.loops import Listener, mixed, run, tiny_recipe, words
@@ -17,7 +16,6 @@ from training.recipe import Stage
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     index = os.environ.get("RANK", "0")
     # texts reach neither merger nor tower; eleven rows leave a step with fewer micro-batches than the others
     recipe = tiny_recipe(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training import launched
 from training.runlog import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -37,22 +38,13 @@ def test_two_processes_make_the_adapter_of_one_and_the_first_alone_writes(tmp_pa
     alone, together = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()
     together.mkdir()
-    program = ["-m", "tests.training.launched"]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command, str(folder)],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command, folder in ((program, alone), ([*launcher, *program], together))
-    ]
-    for process in started:
-        _, said = process.communicate(timeout=110)
-        assert process.returncode == 0, said[-3000:]
+    command = [sys.executable, *launcher, "-m", "tests.training.launched", str(together)]
+    started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    launched.main(alone)
+    _, said = started.communicate(timeout=110)
+    assert started.returncode == 0, said[-3000:]
     one = load_file(alone / "adapter-0.safetensors")
     for index in (0, 1):
         two = load_file(together / f"adapter-{index}.safetensors")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.training.loops import Listener, run, tiny_recipe, words
-from training import checkpoints as module
 from training.checkpoints import Checkpoints, Identity, ResumeRefused, RunState
 from training.runlog import RunLog, read_log
 
@@ -79,8 +78,8 @@ def test_a_crash_at_any_call_of_writing_leaves_the_old_checkpoint_or_the_new(
 
     crashed = True
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", counted(os.fsync))
-        patch.setattr(module.shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(os, "fsync", counted(os.fsync))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
         patch.setattr(Path, "rename", counted(Path.rename))
         patch.setattr(Path, "write_text", counted(Path.write_text))
         try:
