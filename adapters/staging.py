@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.composition import RANK_FACTOR
 from adapters.errors import AdapterRejected, RejectReason
 from adapters.profile import Proof
 from adapters.sites import SiteTable
@@ -56,21 +57,22 @@ class Stager:
 
     def stage(self, weights: AdapterWeights) -> StagedAdapter:
         """Raises AdapterRejected; shares memory with ``weights`` where nothing has to be converted."""
-        sites = {name: self._stage_site(name, site) for name, site in weights.sites.items()}
+        max_rank = self._max_rank * min(weights.num_parts, RANK_FACTOR)
+        sites = {name: self._stage_site(name, site, max_rank) for name, site in weights.sites.items()}
         return StagedAdapter(sites, weights.proof)
 
-    def _stage_site(self, name: str, weights: SiteWeights) -> StagedSite:
-        self._check(name, weights)
+    def _stage_site(self, name: str, weights: SiteWeights, max_rank: int) -> StagedSite:
+        self._check(name, weights, max_rank)
         scale = None if weights.magnitude is None else self._dora_scale(name, weights, weights.magnitude)
         return StagedSite(self._ready(weights.a), self._ready(weights.b), scale)
 
-    def _check(self, name: str, weights: SiteWeights) -> None:
+    def _check(self, name: str, weights: SiteWeights, max_rank: int) -> None:
         site = self._sites.get(name)
         if site is None:
             raise AdapterRejected(RejectReason.UNKNOWN_KEYS, f"this base has no linear {name}", (name,))
         rank = weights.a.shape[0]
-        if rank > self._max_rank:
-            reason = f"rank {rank} at {name}; this server allows {self._max_rank} (set max_rank or retrain)"
+        if rank > max_rank:
+            reason = f"rank {rank} at {name}; this server allows {max_rank} (set max_rank or retrain)"
             raise AdapterRejected(RejectReason.RANK_TOO_LARGE, reason, (name,))
         if weights.a.shape != (rank, site.in_features) or weights.b.shape != (site.out_features, rank):
             found = f"A {tuple(weights.a.shape)} and B {tuple(weights.b.shape)}"

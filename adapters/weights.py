@@ -53,6 +53,8 @@ class AdapterWeights:
     digest: str
     proof: Proof | None = None
     """What its ``lorikeet.json`` lets a server check; None where it has none."""
+    num_parts: int = 1
+    """How many adapters were composed into it."""
 
 
 def load_weights(folder: Path, sites: SiteTable, *, digest: str = "") -> AdapterWeights:

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from adapters.concatenation import ComposingReader
 from adapters.layer import attach
 from adapters.mover import Mover
 from adapters.registry import Registry
@@ -56,7 +57,9 @@ def build_engine(
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
     client = EngineClient(config, max_model_len, grammars, base.processor)
-    mover = Mover(bank, registry.load, config.host_adapter_bytes, lambda: engine.inbox.put(Wake()))
+    mover = Mover(
+        bank, ComposingReader(registry.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
+    )
     swaps = AdapterSwaps(residency, mover, bank, probe, watcher)
     board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))
     vocab_size = base.spec.vocab_size

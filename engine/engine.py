@@ -123,8 +123,9 @@ class Engine:
         is_on_device = self._lifecycle.is_on_device(sequence)
         if not sequence.adapter.is_base:
             self._observer.record(AdapterLookup(sequence.adapter, is_on_device))
-        if not is_on_device and not self._config.load_on_demand:
-            cause = AdapterNotLoaded(sequence.adapter.name)
+        absent = self._lifecycle.absent_versions(sequence)
+        if absent and not self._config.load_on_demand:
+            cause = AdapterNotLoaded(absent[0].name)
             self._fail(sequence, AdapterUnavailable(str(sequence.adapter), cause))
 
     def _settle_adapters(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from engine.errors import EngineError
 from engine.executor import Outcome
@@ -52,6 +53,12 @@ class Lifecycle:
 
     def is_on_device(self, sequence: Sequence) -> bool:
         return sequence.adapter.is_base or self._residency.slot_of(sequence.adapter) is not None
+
+    def absent_versions(self, sequence: Sequence) -> list[AdapterRef]:
+        """Those that would have to be loaded for it. A composition may be made of what others have loaded."""
+        if self.is_on_device(sequence):
+            return []
+        return [ref for ref in sequence.adapter.versions if self._residency.slot_of(ref) is None]
 
     def start(self, sequence: Sequence, now: float) -> None:
         """First scheduled: it has left the queue."""

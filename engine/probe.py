@@ -53,6 +53,8 @@ class Probe:
     def check(self, ref: AdapterRef, slot: int, proof: Proof | None = None) -> Replay | None:
         """What became of the package's own probes; None where it has none that are known here.
 
+        A composition may have no effect: its weights are the client's, and may be tiny or cancel out.
+
         Raises AdapterRejected (``non_finite``, ``no_effect``, ``probe_failed``, ``probe_mismatch``, ``bad_config``).
         """
         self._check_effect(ref, slot)
@@ -67,7 +69,7 @@ class Probe:
         base_logits, logits = self._run(ref, chunks)
         if not bool(torch.isfinite(logits).all()):
             raise AdapterRejected(RejectReason.NON_FINITE, f"adapter {ref} gives NaN or infinite logits")
-        if torch.equal(logits, base_logits):
+        if not ref.is_composed and torch.equal(logits, base_logits):
             raise AdapterRejected(RejectReason.NO_EFFECT, f"adapter {ref} leaves the base's logits unchanged")
 
     def _replay(self, ref: AdapterRef, slot: int, proof: Proof) -> Replay | None:

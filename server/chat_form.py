@@ -5,7 +5,7 @@ Place in a request's way: steps 3 and 11.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import orjson
 
@@ -35,15 +35,22 @@ class ChatForm:
     async def translate(self, origin: Origin) -> tuple[GenerationRequest, ...]:
         return await translate_chat(self._request, origin, self._state)
 
-    def body(self, choices: Sequence[Collected]) -> dict[str, object]:
+    def body(self, choices: Sequence[Collected], requests: Sequence[GenerationRequest]) -> dict[str, object]:
         """The whole response."""
         return {
             **self._head.fields("chat.completion"),
-            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
+            "choices": [
+                {"index": i, **self._served_by(requests[i]), **self._choice(choice)}
+                for i, choice in enumerate(choices)
+            ],
             "usage": usage_of([choice.end for choice in choices], self._request.n),
         }
 
-    def _choice(self, index: int, choice: Collected) -> dict[str, object]:
+    def _served_by(self, request: GenerationRequest) -> dict[str, str]:
+        """Each choice names who answered, where several did."""
+        return {} if self._request.fan_out is None else {"adapter": str(request.adapter)}
+
+    def _choice(self, choice: Collected) -> dict[str, object]:
         text, calls = self._read("".join(choice.text))
         message: dict[str, object] = {
             "role": "assistant",
@@ -53,7 +60,6 @@ class ChatForm:
         if calls:
             message["tool_calls"] = [call.as_object() for call in calls]
         return {
-            "index": index,
             "message": message,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": finish_reason(choice.end, len(calls)),
@@ -81,14 +87,18 @@ class ChatForm:
         """The stream's frames, up to usage; the end mark is not among them."""
         request = self._request
         frames = Frames(self._head, "chat.completion.chunk", includes_usage=request.includes_usage)
-        choices = [ChatChoice(i, request, self._state.processor.token_bytes) for i in range(len(requests))]
-        num_prompt_tokens = len(requests[0].prompt.ids)
+        token_bytes = self._state.processor.token_bytes
+        choices = [
+            ChatChoice({"index": i, **self._served_by(each)}, request, token_bytes)
+            for i, each in enumerate(requests)
+        ]
+        num_prompt_tokens = sum(len(each.prompt.ids) for each in requests[:: request.n])
         num_tokens = 0
-        finishes: list[Finish] = []
+        finishes: dict[int, Finish] = {}
         yield b"".join(frames.choice(choice.opening()) for choice in choices)
         async for index, item in events:
             if isinstance(item, Finish):
-                finishes.append(item)
+                finishes[index] = item
             else:
                 num_tokens += len(item.token_ids)
             running = None
@@ -97,14 +107,15 @@ class ChatForm:
             for choice in choices[index].take(item):
                 yield frames.choice(choice, running)
         if request.includes_usage:
-            yield frames.usage(usage_of(finishes, request.n))
+            yield frames.usage(usage_of([finishes[i] for i in range(len(requests))], request.n))
 
 
 class ChatChoice:
     """One choice of a stream: events in, its JSON out."""
 
-    def __init__(self, index: int, request: ChatRequest, token_bytes: TokenBytes) -> None:
-        self._begin = b'{"index":%d,"delta":' % index
+    def __init__(self, fields: Mapping[str, object], request: ChatRequest, token_bytes: TokenBytes) -> None:
+        """``fields`` begin each of its frames: its index first."""
+        self._begin = orjson.dumps(fields)[:-1] + b',"delta":'
         self._reader = CallReader(request.parallel_tool_calls) if may_call(request) else None
         self._num_top = request.num_logprobs
         self._token_bytes = token_bytes

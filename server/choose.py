@@ -1,7 +1,8 @@
 """Which adapter a request means: four places may name one, and they must agree. Never the base in silence.
 
 In order: ``adapter``; ``lora_path``, ``adapter_id`` or ``lora``; ``model``; the header ``X-Adapter``. A base id in
-``model`` names no adapter, since most clients cannot leave it out; elsewhere the base is a choice like any other.
+``model`` names no adapter, since most clients cannot leave it out; elsewhere the base is a choice like any other. A
+list composes several as one; ``adapters`` names several that answer each for itself, and goes with none of the others.
 
 Knows the registry's names; knows no weights. Place in a request's way: step 2.
 """
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from adapters.composition import CompositionRejected, Described, Ingredient, check_composition, compose
 from adapters.errors import AdapterNotFound
 from adapters.ref import BASE, AdapterRef
 from server.errors import WireError, shorten, unsupported
 from server.schemas import GenerationFields
-from server.schemas.base import ScaledLora, WeightedAdapter
+from server.schemas.base import AskedAdapter, ScaledLora
 
 HEADER = "X-Adapter"
 BASE_WORD = "base"
@@ -30,18 +32,24 @@ class Named(Protocol):
     @property
     def ref(self) -> AdapterRef: ...
 
+    @property
+    def report(self) -> Described: ...
+
 
 class AdapterNames(Protocol):
     """The registry, as far as names go."""
 
     def resolve(self, name: str, *, is_visible: Callable[[str], bool]) -> AdapterRef: ...
 
+    def entry(self, name: str) -> Named: ...
+
     def entries(self) -> Sequence[Named]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    ref: AdapterRef
+    refs: tuple[AdapterRef, ...]
+    """Who answers: one, or each of several."""
     asked: str
     """What the reply's ``model`` echoes."""
 
@@ -61,19 +69,28 @@ class Chooser:
     names: AdapterNames
     base_name: str
     may_use: Callable[[str], bool]
+    max_rank: int
+    """Of one adapter, as this server has it; compositions are measured by it."""
 
     def choose(self, request: GenerationFields, header: str | None = None) -> Choice:
         """Raises WireError: 404 model_not_found, 400 adapter_conflict, unsupported or invalid_request."""
         mentions = list(self._mentions(request, header))
+        if request.fan_out is not None:
+            if mentions:
+                raise _fan_out_conflict(mentions[0])
+            return self._fan_out(request.fan_out, request.model or self.base_name)
         for other in mentions[1:]:
             if other.ref != mentions[0].ref:
                 raise _conflict(mentions[0], other)
         ref = mentions[0].ref if mentions else BASE
-        return Choice(ref, request.model or (self.base_name if ref.is_base else str(ref)))
+        return Choice((ref,), request.model or (self.base_name if ref.is_base else str(ref)))
+
+    def _fan_out(self, asked: Sequence[AskedAdapter], model: str) -> Choice:
+        return Choice(tuple(self._adapter(one, f"adapters[{i}]") for i, one in enumerate(asked)), model)
 
     def _mentions(self, request: GenerationFields, header: str | None) -> Iterator[Mention]:
         if "adapter" in request.model_fields_set:
-            yield Mention(self._adapter(request.adapter), "adapter")
+            yield Mention(self._adapter(request.adapter, "adapter"), "adapter")
         if request.lora_path is not None:
             yield self._by_name(_plain_name(request.lora_path, "lora_path"), "lora_path")
         if request.adapter_id is not None:
@@ -87,17 +104,30 @@ class Chooser:
 
     # ---- one place each ----------------------------------------------------------------------------------------
 
-    def _adapter(self, value: str | list[WeightedAdapter] | None) -> AdapterRef:
+    def _adapter(self, value: AskedAdapter | None, param: str) -> AdapterRef:
         if value is None:
             return BASE
         if isinstance(value, str):
-            return self._resolve(value, "adapter")
-        refs = [(self._resolve(item.name, f"adapter[{i}].name"), item.weight) for i, item in enumerate(value)]
-        return _only_one(refs, "adapter")
+            return self._resolve(value, param)
+        refs = [(self._resolve(item.name, f"{param}[{i}].name"), item.weight) for i, item in enumerate(value)]
+        return self._composed(refs, param)
 
     def _lora(self, items: list[ScaledLora]) -> AdapterRef:
         refs = [(self._numbered(item.id, f"lora[{i}].id"), item.scale) for i, item in enumerate(items)]
-        return _only_one(refs, "lora")
+        return self._composed(refs, "lora")
+
+    def _composed(self, refs: Sequence[tuple[AdapterRef, float]], param: str) -> AdapterRef:
+        """A list that comes to one adapter as it is, or to the base, is that; else a composition."""
+        try:
+            ref = compose(refs)
+            ingredients = [Ingredient(part, self.names.entry(str(part.ref)).report) for part in ref.parts]
+            if ingredients:
+                check_composition(ingredients, self.max_rank)
+        except CompositionRejected as error:
+            raise unsupported(str(error), param) from error
+        except AdapterNotFound as error:  # removed since it was resolved
+            raise _not_found(error.name, (), param) from None
+        return ref
 
     def _numbered(self, id_or_name: int | str, param: str) -> AdapterRef:
         if isinstance(id_or_name, str):
@@ -133,19 +163,6 @@ class Chooser:
         return ref
 
 
-def _only_one(refs: Sequence[tuple[AdapterRef, float]], param: str) -> AdapterRef:
-    """A list that comes to one adapter as it is, or to the base; a true composition is refused."""
-    weighted = [(ref, weight) for ref, weight in refs if weight != 0 and not ref.is_base]
-    if not weighted:
-        return BASE
-    if len(weighted) == 1 and weighted[0][1] == 1:
-        return weighted[0][0]
-    raise unsupported(
-        "this server does not compose or scale adapters yet: name one adapter with weight 1, the others with 0",
-        param,
-    )
-
-
 def _plain_name(value: str, param: str) -> str:
     if _LOCATION.search(value):
         raise unsupported(
@@ -165,5 +182,14 @@ def _conflict(first: Mention, other: Mention) -> WireError:
         400,
         "adapter_conflict",
         f"`{first.param}` asks for {first.ref} and `{other.param}` for {other.ref}: name one adapter",
+        param=other.param,
+    )
+
+
+def _fan_out_conflict(other: Mention) -> WireError:
+    return WireError(
+        400,
+        "adapter_conflict",
+        f"`adapters` asks for several and `{other.param}` for {other.ref}: name all of them in `adapters`",
         param=other.param,
     )

@@ -34,7 +34,7 @@ class CompletionForm:
     async def translate(self, origin: Origin) -> tuple[GenerationRequest, ...]:
         return await translate_completion(self._request, origin, self._state)
 
-    def body(self, choices: Sequence[Collected]) -> dict[str, object]:
+    def body(self, choices: Sequence[Collected], requests: Sequence[GenerationRequest]) -> dict[str, object]:
         """The whole response."""
         return {
             **self._head.fields(KIND),

@@ -40,7 +40,9 @@ class Form(Protocol):
         self, events: AsyncIterator[Event], requests: Sequence[GenerationRequest]
     ) -> AsyncIterator[bytes]: ...
 
-    def body(self, choices: Sequence[Collected]) -> dict[str, object]: ...
+    def body(
+        self, choices: Sequence[Collected], requests: Sequence[GenerationRequest]
+    ) -> dict[str, object]: ...
 
 
 MakeForm = Callable[[Head], Form]
@@ -52,24 +54,27 @@ async def exchange(
     """The response to a parsed request. Raises WireError and what ``to_wire`` knows, always before the first byte."""
     arrival_s = time.monotonic()
     state = state_of(request)
-    chooser = Chooser(state.registry, state.base.name, caller_of(request).may_use)
+    may_use = caller_of(request).may_use
+    chooser = Chooser(state.registry, state.base.name, may_use, state.settings.max_rank)
     choice = chooser.choose(fields, request.headers.get(HEADER))
     require_room(state)
     head = Head.make(id_prefix, choice.asked, state.base.fingerprint)
     with ExitStack() as stack:
-        generation = Generation(state, choice.ref)
+        generation = Generation(state, choice.refs)
         stack.callback(generation.close)
         form = make_form(head)
-        requests = await form.translate(Origin(head.id, choice.ref, arrival_s))
+        requests = await form.translate(Origin(head.id, choice.refs, arrival_s))
         generation.submit(requests)
-        headers = headers_of(choice.ref, state)
+        headers = headers_of(choice.refs, state)
         if fields.stream:
             await generation.has_begun(state.settings.keepalive_s)
             frames = form.frames(generation.events(), requests)
             return _stream(frames, headers, stack.pop_all().close, state)
         choices = await collect(generation.events(), len(requests))
     headers["server-timing"] = server_timing([choice.end.timings for choice in choices])
-    return Response(orjson.dumps(form.body(choices)), headers=headers, media_type="application/json")
+    return Response(
+        orjson.dumps(form.body(choices, requests)), headers=headers, media_type="application/json"
+    )
 
 
 def _stream(

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from adapters.ref import COMPOSED
 from engine.status import EngineStatus
 from server.labels import AdapterLabels
 
@@ -95,14 +96,19 @@ class StatusCollector(Collector):
         yield cache
 
     def _lora_info(self, status: EngineStatus) -> Metric:
-        """Exactly one series, whose value is the time now: gateways take the newest."""
+        """Exactly one series, whose value is the time now: gateways take the newest.
+
+        Compositions are left out: no request names one, so no gateway can route by them.
+        """
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters that run and wait.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         running, waiting = (
-            ",".join(sorted(name for name, count in counts.items() if count and name != "base"))
+            ",".join(
+                sorted(name for name, count in counts.items() if count and name not in ("base", COMPOSED))
+            )
             for counts in (status.running, status.waiting)
         )
         family.add_metric([str(self._facts.num_slots), running, waiting], time.time())

@@ -1,6 +1,6 @@
 """Generation: the running choices of one wire request, as one ordered flow of events; and what must end with it.
 
-Owns the streams, the tasks that read them and the adapter's lease; ``close`` ends all three, whatever happened before.
+Owns the streams, the tasks that read them and the adapters' leases; ``close`` ends all three, whatever happened before.
 Knows nothing of JSON or HTTP. Place in a request's way: steps 4 and 11, from submit to the last token.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from contextlib import ExitStack
 
 from adapters.ref import AdapterRef
 from engine.errors import StepFailed
@@ -20,17 +20,16 @@ Event = tuple[int, Delta | Finish]
 """Which choice, and what came."""
 
 
-class Lease(Protocol):
-    def release(self) -> None: ...
-
-
 class Generation:
     """Belongs to the event loop that made it. ``close`` is idempotent and never waits."""
 
-    def __init__(self, state: ServerState, adapter: AdapterRef) -> None:
-        """Takes the adapter's lease: from here on an unload waits, and a removed package's bytes stay."""
+    def __init__(self, state: ServerState, adapters: Sequence[AdapterRef]) -> None:
+        """Takes the leases of all versions behind ``adapters``: from here on a removed package's bytes stay.
+
+        Raises AdapterNotFound where one was removed meanwhile; then none is held.
+        """
         self._engine = state.engine
-        self._lease: Lease | None = None if adapter.is_base else state.registry.lease(adapter)
+        self._leases = _leases(state, adapters)
         self._streams: list[TokenStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._pending: asyncio.Task[Event | None] | None = None
@@ -65,15 +64,13 @@ class Generation:
                 yield event
 
     def close(self) -> None:
-        """Abort what still runs and give the lease back."""
+        """Abort what still runs and give the leases back."""
         for stream in self._streams:
             stream.abort()
         for task in (*self._tasks, *([self._pending] if self._pending is not None else [])):
             task.cancel()
         self._tasks.clear()
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        self._leases.close()
 
     # ---- many streams as one -----------------------------------------------------------------------------------
 
@@ -96,6 +93,14 @@ class Generation:
                 raise event
             num_open -= isinstance(event[1], Finish)
             yield event
+
+
+def _leases(state: ServerState, adapters: Sequence[AdapterRef]) -> ExitStack:
+    """One for each version; closing the stack releases them."""
+    with ExitStack() as stack:
+        for version in dict.fromkeys(version for adapter in adapters for version in adapter.versions):
+            stack.callback(state.registry.lease(version).release)
+        return stack.pop_all()
 
 
 async def _pump(index: int, stream: TokenStream, queue: asyncio.Queue[Event | Exception]) -> None:

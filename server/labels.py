@@ -1,7 +1,8 @@
 """AdapterLabels: which adapters have metric series of their own. The most used 64 do; all others share ``other``.
 
 Owns: the choice. Does not know the series: it says when a name leaves. A name comes in with an ``AdapterRef``, which
-only the registry makes, so no series is ever created by a client's string.
+only the registry makes, so no series is ever created by a client's string. All compositions share one label, since
+clients choose their weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
-from adapters.ref import AdapterRef
+from adapters.ref import COMPOSED, AdapterRef
 
 OTHER = "other"
 BASE_LABEL = "base"
@@ -40,8 +41,8 @@ class AdapterLabels:
         return BASE_LABEL if ref.is_base else self.label_of(ref.name)
 
     def label_of(self, name: str) -> str:
-        if name == BASE_LABEL:
-            return BASE_LABEL
+        if name in (BASE_LABEL, COMPOSED):
+            return name
         return name if name in self._own else OTHER
 
     def refs(self) -> list[AdapterRef]:
@@ -50,7 +51,7 @@ class AdapterLabels:
 
     def use(self, ref: AdapterRef) -> None:
         """A request for the adapter was born."""
-        if ref.is_base:
+        if ref.is_base or ref.is_composed:
             return
         with self._lock:
             if ref in self._gone:
@@ -61,6 +62,8 @@ class AdapterLabels:
 
     def forget(self, ref: AdapterRef) -> None:
         """The adapter was removed: its series go, and requests still in flight count as ``other``."""
+        if ref.is_composed:
+            return
         with self._lock:
             self._uses.pop(ref.name, None)
             self._gone[ref] = None

@@ -66,7 +66,16 @@ def is_on_device(state: ServerState, ref: AdapterRef) -> bool:
 
 
 def versions_in_memory(state: ServerState, ref: AdapterRef) -> list[AdapterRef]:
-    """The version itself, and the name's other versions that still take memory."""
+    """The version itself, and what still takes memory of the name's other versions; compositions of them, too."""
+    held = _in_memory(state) - {ref}
+    return [ref, *(other for other in held if any(part.name == ref.name for part in other.versions))]
+
+
+def version_in_memory(state: ServerState, ref: AdapterRef) -> list[AdapterRef]:
+    """The version itself, and the compositions of it that take memory."""
+    return [ref, *(other for other in _in_memory(state) - {ref} if ref in other.versions)]
+
+
+def _in_memory(state: ServerState) -> set[AdapterRef]:
     status = state.engine.status()
-    held = {slot.ref for slot in status.slots if slot.ref is not None} | status.host_refs
-    return [ref, *(other for other in held if other.name == ref.name and other != ref)]
+    return {slot.ref for slot in status.slots if slot.ref is not None} | status.host_refs

@@ -42,9 +42,16 @@ class Head:
         }
 
 
-def headers_of(adapter: AdapterRef, state: ServerState) -> dict[str, str]:
-    """Who served it; ``x-request-id`` comes from the middleware."""
-    return {"x-adapter": str(adapter), "x-base": state.base.name}
+MAX_ADAPTER_HEADER = 2048
+"""Characters: a proxy commonly takes 4 KiB of headers in all. One composition of the longest names fits."""
+
+
+def headers_of(adapters: Sequence[AdapterRef], state: ServerState) -> dict[str, str]:
+    """Who served it; ``x-request-id`` comes from the middleware. Each choice of several names its own, too."""
+    names = ", ".join(map(str, adapters))
+    if len(names) > MAX_ADAPTER_HEADER:
+        names = names[: MAX_ADAPTER_HEADER - 3] + "..."
+    return {"x-adapter": names, "x-base": state.base.name}
 
 
 # ---- collecting ------------------------------------------------------------------------------------------------

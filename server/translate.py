@@ -6,6 +6,7 @@ Place in a request's way: step 3.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,8 @@ class Origin:
     """What all choices of one wire request share."""
 
     response_id: str
-    adapter: AdapterRef
+    adapters: tuple[AdapterRef, ...]
+    """Each answers the same prompts."""
     arrival_s: float
     """``time.monotonic()`` when the route began."""
 
@@ -53,7 +55,11 @@ def require_room(state: ServerState) -> None:
 async def translate_chat(
     request: ChatRequest, origin: Origin, state: ServerState
 ) -> tuple[GenerationRequest, ...]:
-    """One GenerationRequest a choice. Raises WireError, or an error that ``to_wire`` knows."""
+    """One GenerationRequest a choice: those of the first adapter, then those of the next.
+
+    All share one prompt, whose pictures were loaded and prepared once. Raises WireError, or an error that ``to_wire``
+    knows.
+    """
     biases(request.logit_bias, state.processor.vocab_size)
     grammar = await _compiled(tool_grammar_of(request), "tools", state)
     if grammar is None:
@@ -114,17 +120,17 @@ def _requests(
     state: ServerState,
     prompt_logprobs: int | None = None,
 ) -> tuple[GenerationRequest, ...]:
+    choices = itertools.product(origin.adapters, pairs, range(n))
     return tuple(
         GenerationRequest(
-            request_id=f"{origin.response_id}-{i * n + j}",
+            request_id=f"{origin.response_id}-{index}",
             prompt=prompt,
-            adapter=origin.adapter,
-            sampling=replace(params, seed=seed_of(params.seed, j)),
+            adapter=adapter,
+            sampling=replace(params, seed=seed_of(params.seed, i)),
             arrival_s=origin.arrival_s,
             queue_timeout_s=state.settings.queue_timeout_s,
             total_timeout_s=state.settings.request_timeout_s,
             prompt_logprobs=prompt_logprobs,
         )
-        for i, (prompt, params) in enumerate(pairs)
-        for j in range(n)
+        for index, (adapter, (prompt, params), i) in enumerate(choices)
     )

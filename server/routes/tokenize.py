@@ -97,5 +97,6 @@ async def detokenize(request: Request) -> Response:
 def _check_model(model: str | None, request: Request) -> None:
     """An unknown name is a 404 here too."""
     state = state_of(request)
-    chooser = Chooser(state.registry, state.base.name, caller_of(request).may_use)
+    may_use = caller_of(request).may_use
+    chooser = Chooser(state.registry, state.base.name, may_use, state.settings.max_rank)
     chooser.choose(GenerationFields(model=model), request.headers.get(HEADER))

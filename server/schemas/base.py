@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from server.errors import invalid_request, unsupported
 
 MAX_CHOICES = 8
+MAX_FAN_OUT = 16
+"""Answers of one request with `adapters`, those of `n` among them."""
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 256
@@ -63,6 +65,14 @@ class ScaledLora(Wire):
     scale: Weight
 
 
+AskedAdapter = Annotated[
+    Annotated[Name, Tag("<string>")]
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=16), Tag("<array>")],
+    Discriminator(kind_of),
+]
+"""One adapter: a name, or several adapters that are to act as one."""
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -99,14 +109,7 @@ class GenerationFields(Wire):
     stream_options: StreamOptions | None = None
 
     # ---- which adapter: null counts for `adapter`, so look at model_fields_set
-    adapter: (
-        Annotated[
-            Annotated[Name, Tag("<string>")]
-            | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=16), Tag("<array>")],
-            Discriminator(kind_of),
-        ]
-        | None
-    ) = None
+    adapter: AskedAdapter | None = None
     lora_path: Name | None = None
     adapter_id: Name | None = None
     lora: Annotated[list[ScaledLora], Field(max_length=64)] | None = None
@@ -154,6 +157,11 @@ class GenerationFields(Wire):
                 "this server returns all that it generates: `best_of` must equal `n`", "best_of"
             )
         return self
+
+    @property
+    def fan_out(self) -> list[AskedAdapter] | None:
+        """Adapters that are to answer the same request, each for itself; None where one does."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -7,13 +7,15 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from server.errors import invalid_request
-from server.schemas.base import INT64_MAX, MAX_TOP_LOGPROBS, GenerationFields
+from server.schemas.base import INT64_MAX, MAX_FAN_OUT, MAX_TOP_LOGPROBS, AskedAdapter, GenerationFields
 from server.schemas.messages import Messages
 from server.schemas.tools import NamedChoice, ToolChoice, Tools
 
 
 class ChatRequest(GenerationFields):
     messages: Messages
+    adapters: Annotated[list[AskedAdapter], Field(min_length=1, max_length=MAX_FAN_OUT)] | None = None
+    """Each of them answers, as a choice of its own."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool = False
@@ -40,6 +42,12 @@ class ChatRequest(GenerationFields):
             raise invalid_request(
                 "`continue_final_message` needs `add_generation_prompt: false`", "continue_final_message"
             )
+        if self.n * len(self.adapters or ()) > MAX_FAN_OUT:
+            raise invalid_request(
+                f"{len(self.adapters or ())} adapters with n={self.n} are more than {MAX_FAN_OUT} answers; "
+                "name fewer or lower `n`",
+                "adapters",
+            )
         self._check_tools()
         return self
 
@@ -57,6 +65,10 @@ class ChatRequest(GenerationFields):
             raise invalid_request(
                 "a forced tool call and `response_format` exclude each other", "tool_choice"
             )
+
+    @property
+    def fan_out(self) -> list[AskedAdapter] | None:
+        return self.adapters
 
     @property
     def wanted_tokens(self) -> int | None:

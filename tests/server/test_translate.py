@@ -52,7 +52,7 @@ class State(SimpleNamespace):
 
 
 def translated(state: State, body: dict[str, object]) -> Any:
-    origin = Origin("chatcmpl-x", BASE, time.monotonic())
+    origin = Origin("chatcmpl-x", (BASE,), time.monotonic())
     return asyncio.run(translate_chat(parse_chat(body), origin, state.whole))
 
 
