@@ -27,7 +27,7 @@ def live_server(
     """Its URL, and what is behind it. ``folder/root`` is the adapter root."""
     config = Settings(**settings)  # type: ignore[arg-type]
     root = folder / "root"
-    root.mkdir(exist_ok=True)
+    root.mkdir(exist_ok=True, parents=True)
     rig = Rig(str(checkpoint), folder / "state", config.engine_config())
     state = ServerState(
         settings=config,
