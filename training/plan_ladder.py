@@ -7,9 +7,9 @@ plan does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from training.plan import Device, Row, Step, fits, peak_parts
+from training.plan_peak import Device, Row, fits, peak_parts
 from training.plan_shape import BaseShape
 from training.recipe import PartRecipe, Preset, Recipe
 
@@ -17,6 +17,17 @@ Change = tuple[str, str, Recipe, Row]
 """What changes, what it costs, and the recipe and row after it."""
 SMALLEST_PIXELS = 200_704
 """256 tokens a picture: below it print becomes unreadable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rung of the ladder: a change on top of all before it."""
+
+    change: str
+    cost: str
+    recipe: Recipe
+    total_bytes: int
+    does_fit: bool
 
 
 def climb(shape: BaseShape, recipe: Recipe, row: Row, device: Device, memory_bytes: int) -> tuple[Step, ...]:

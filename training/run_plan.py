@@ -14,7 +14,8 @@ import torch
 from base.checkpoint import open_checkpoint
 from training.loading import training_dtype
 from training.outcome import Refused
-from training.plan import Device, MemoryPlan, plan_memory
+from training.plan import MemoryPlan, plan_memory
+from training.plan_peak import Device
 from training.plan_shape import BaseShape, known_shape, shape_of
 from training.plan_time import DataSize, TimePlan, measured_rate, plan_time
 from training.recipe import Recipe

@@ -14,7 +14,7 @@ import typer
 from training.commands.parsing import AsJson, RecipeFile, option, parse, value
 
 if TYPE_CHECKING:
-    from training.plan import Device
+    from training.plan_peak import Device
 
 ABOUT: Final = """Foretell the memory of a training run, part by part, and what to change when it does not fit.
 
