@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -24,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from training.callbacks import Moments
 from training.checkpoints import ADAPTER
 from training.feed import StepLoader
+from training.loop_parts import LoopParts, Whole
 from training.optimizers import (
     load_optimizer,
     make_optimizer,
@@ -39,49 +39,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
 
-    from training.checkpoints import Checkpoints, Identity
-    from training.course import Course
-    from training.feed import StepFeed
-    from training.interrupt import StopRequest
-    from training.model import AdaptedBase, SummedLoss
-    from training.observer import Ended, EvalHook, EvalReport
-    from training.ranks import Ranks
-    from training.recipe import Recipe
-    from training.stages import Span, Timeline
+    from training.observer import Ended, EvalReport
+    from training.stages import Span
     from training.step import StepInput, StepResult
-    from training.validation import Validation
 
 TRAINER_STATE: Final = "trainer_state.json"
 """The name by which Trainer looks for its own counts in a checkpoint."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoopParts:
-    """What one run is made of."""
-
-    model: AdaptedBase
-    recipe: Recipe
-    timeline: Timeline
-    feed: StepFeed
-    course: Course
-    checkpoints: Checkpoints
-    identity: Identity
-    ranks: Ranks
-    stop: StopRequest
-    validation: Validation | None
-    eval_hook: EvalHook | None
-
-
-class Whole(nn.Module):
-    """The model as it is, in a wrapper: what tells Trainer that nothing needs to be moved, cast or sharded."""
-
-    def __init__(self, model: AdaptedBase) -> None:
-        super().__init__()
-        self.module = model
-
-    def forward(self, batch: object) -> SummedLoss:
-        result: SummedLoss = self.module(batch)
-        return result
 
 
 class Loop(Trainer):

@@ -32,7 +32,8 @@ from training.feed import RowLost, StepFeed, UnevenProcesses, step_sampler
 from training.identity import identity_of
 from training.interrupt import StopRequest
 from training.labels import Labeller
-from training.loop import Loop, LoopParts
+from training.loop import Loop
+from training.loop_parts import LoopParts
 from training.observer import (
     Ended,
     EvalHook,
