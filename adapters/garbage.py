@@ -39,7 +39,7 @@ class Garbage:
     def collect(self, *digests: str) -> None:
         """Delete what nothing means and nobody leases, of these and of what waits from before.
 
-        While others add, all of it waits for the next time.
+        While others add, all of it waits for the next time; so does what another server holds.
         """
         with self._collecting:
             self._waiting.update(digests)
@@ -47,15 +47,16 @@ class Garbage:
                 return
             with self._store.alone() as is_alone:
                 if is_alone:
-                    for digest in [digest for digest in self._waiting if not self._leases.is_held(digest)]:
-                        self._waiting.discard(digest)
-                        self._delete(digest)
+                    free = {digest for digest in self._waiting if not self._leases.is_held(digest)}
+                    self._waiting -= {digest for digest in free if self._is_done_with(digest)}
 
-    def _delete(self, digest: str) -> None:
-        if not self._names.is_meant_on_disk(digest):
-            self._on_deleted(digest)
-            self._leases.forget(digest)
-            self._store.remove(digest)
+    def _is_done_with(self, digest: str) -> bool:
+        """False while another server holds it, which may not know yet that it should go."""
+        if self._names.is_meant_on_disk(digest):
+            return True
+        self._on_deleted(digest)
+        self._leases.forget(digest)
+        return self._store.remove(digest) or not self._store.path(digest).is_dir()
 
     def finish(self) -> None:
         """Wait for the deletions that are under way."""

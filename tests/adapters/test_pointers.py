@@ -283,6 +283,26 @@ def test_another_server_sees_every_move(
     theirs.close()
 
 
+def test_bytes_that_another_server_held_go_once_it_has_let_go(
+    root: Path, packages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = open_registry(root), open_registry(root)
+    ref = ours.register("a", packages[0])[0].ref
+    lease = theirs.lease(theirs.resolve("a"))
+    monkeypatch.setattr("adapters.names._WATCH_INTERVAL_S", 1000.0)  # so they do not see the removal in time
+    theirs.resolve("a")
+    ours.remove("a")
+    folder = root / "packages" / ref.digest
+    ours.refresh()
+    assert folder.is_dir()
+    lease.release()
+    assert folder.is_dir()
+    ours.refresh()
+    assert not folder.exists()
+    ours.close()
+    theirs.close()
+
+
 def test_a_ledger_of_the_first_schema_is_taken_over(root: Path, packages: list[Path]) -> None:
     with_versions(open_registry(root), packages, 3).close()
     connection = sqlite3.connect(root / "registry.sqlite")
