@@ -18,7 +18,15 @@ from adapters.ref import AdapterRef
 from engine.errors import EngineError
 from server.actors import Actor, audit_log, find
 from server.errors import WireError
-from server.loading import Freed, bring, free, is_on_device, load_place, versions_in_memory
+from server.loading import (
+    Freed,
+    bring,
+    free,
+    is_on_device,
+    load_place,
+    version_in_memory,
+    versions_in_memory,
+)
 from server.promotions import current_of, move, remove_alias
 from server.uploads import SCHEME, Upload
 
@@ -76,7 +84,7 @@ async def _register(
             entry, has_moved = await move(state, entry.ref, should_pin=wanted.should_pin)
     except (AdapterError, EngineError, WireError):
         if staged.is_new:
-            await asyncio.to_thread(state.registry.remove, str(entry.ref))
+            await asyncio.to_thread(state.registry.unstage, entry.ref)
             state.background.start(_free_later(state, [entry.ref]))
         raise
     if wanted.should_load and wanted.should_pin:
@@ -130,15 +138,22 @@ async def load(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
 async def unload(state: ServerState, actor: Actor, name: str) -> tuple[AdapterEntry, Freed]:
     """Drain and free the adapter's slots and host copies; it stays registered. Raises AdapterBusy."""
     entry = find(state, actor, name)
-    refs = versions_in_memory(state, entry.ref) if name == entry.ref.name else [entry.ref]
+    in_memory = versions_in_memory if name == entry.ref.name else version_in_memory
+    refs = in_memory(state, entry.ref)
     freed = await free(state, refs, state.settings.unload_timeout_s)
     actor.note("unloaded", entry.ref, freed_bytes=freed.device_bytes + freed.host_bytes)
     return state.registry.entry(str(entry.ref)), freed
 
 
 async def pin(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
-    """Keep it on the device; it is loaded if it is not."""
+    """Keep what the name means on the device; it is loaded if it is not."""
     entry = find(state, actor, name)
+    if not entry.is_current:
+        raise WireError(
+            400,
+            "invalid_request",
+            f"a pin follows what the name means, and {entry.ref.name} does not mean {entry.ref}: promote it first",
+        )
     async with load_place(state):
         await bring(state, entry.ref, should_pin=True)
         await asyncio.to_thread(state.registry.set_pinned, entry.ref.name, True)
@@ -176,7 +191,8 @@ async def remove(state: ServerState, actor: Actor, name: str) -> AdapterEntry:
         await remove_alias(state, actor, name)
         return entry
     entry = _find_to_remove(state, actor, name)
-    refs = [entry.ref] if "@" in name else versions_in_memory(state, entry.ref)
+    in_memory = version_in_memory if "@" in name else versions_in_memory
+    refs = in_memory(state, entry.ref)
     await asyncio.to_thread(state.registry.remove, name)
     if "@" not in name or len(entry.versions) == 1:
         for ref in refs:

@@ -77,6 +77,7 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
     from server.admin import restore_pins
     from server.app import create_app
     from server.draining import DrainingServer
+    from server.upkeep import Upkeep, stop
 
     config = uvicorn.Config(
         create_app(state),
@@ -93,7 +94,11 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
 
     async def serve() -> None:
         await restore_pins(state)
-        await DrainingServer(config, state, on_started).serve(sockets=[listener])
+        keeping = asyncio.create_task(Upkeep(state).run())
+        try:
+            await DrainingServer(config, state, on_started).serve(sockets=[listener])
+        finally:
+            await stop(keeping)
 
     asyncio.run(serve())
 

@@ -213,6 +213,13 @@ def test_a_pin_moves_with_the_pointer(
     assert pins == {"a@1": True, "a@2": False}
 
 
+def test_a_version_that_the_name_does_not_mean_cannot_be_pinned(client: httpx2.Client) -> None:
+    for seed in range(2):
+        add(client, "a", f"p{seed}")
+    assert code_of(client.post("/v1/adapters/a@1/pin")) == (400, "invalid_request")
+    assert client.post("/v1/adapters/a@2/pin").json()["pinned"] is True
+
+
 def _with_slots(status: Any, loaded: dict[AdapterRef, bool]) -> Any:
     slots = tuple(SlotStatus(i, ref, "resident", pin, 0, 1) for i, (ref, pin) in enumerate(loaded.items()))
     values = {name: getattr(status, name) for name in type(status).__slots__}
