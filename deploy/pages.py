@@ -101,12 +101,12 @@ def figures() -> str:
         f"| about pictures: the picture, somebody else's | {_sight(base, 'real')} | {_sight(base, 'swapped')} |",
     ]
     for name, scores in samples.items():
-        rows.append(
-            f"| adapter `{name}`, what it learnt | {_share(scores['adapter'])} | {_share(scores['base'])} |"
-        )
-        if "without_vision_weights" in scores:
-            without = _share(scores["without_vision_weights"])
-            rows.append(f"| adapter `{name}`, its vision weights | {_share(scores['adapter'])} | {without} |")
+        with_it = _share(scores["adapter"])
+        rows.append(f"| adapter `{name}`, what it learnt | {with_it} | {_share(scores['base'])} |")
+        if "blank" in scores:
+            rows.append(
+                f"| adapter `{name}`: the picture, a blank one | {with_it} | {_share(scores['blank'])} |"
+            )
     return "\n".join(rows)
 
 

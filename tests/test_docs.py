@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from adapters.errors import RejectReason
 from deploy import pages
 from engine.status import EngineStatus
+from lorikeet import command_line
 from server.app import ROUTERS
-from server.cli import app
 from server.metrics import Metrics
 from server.schemas import ChatRequest, CompletionRequest
 from server.schemas.defaults import CHAT, COMPLETION
@@ -27,6 +27,10 @@ README = (ROOT / "README.md").read_text("utf-8")
 API = (ROOT / "docs" / "api.md").read_text("utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text("utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text("utf-8")
+MAKING = "".join(
+    (ROOT / "docs" / name).read_text("utf-8")
+    for name in ("cookbook.md", "recipes.md", "evaluation.md", "packages.md", "adapter-tools.md")
+)
 
 
 # ---- settings
@@ -142,7 +146,7 @@ def test_every_documented_metric_exists() -> None:
 
 
 def commands() -> Iterator[str]:
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(command_line())
     for name, command in getattr(root, "commands", {}).items():
         children = getattr(command, "commands", {})
         yield from (f"lorikeet {name} {child}" for child in children)
@@ -152,16 +156,17 @@ def commands() -> Iterator[str]:
 
 @pytest.mark.parametrize("command", sorted(commands()))
 def test_every_command_is_documented_and_has_help(command: str) -> None:
-    assert command in OPERATIONS
-    result = CliRunner().invoke(app, [*command.split()[1:], "--help"])
+    assert command in OPERATIONS + MAKING
+    result = CliRunner().invoke(command_line(), [*command.split()[1:], "--help"])
     assert result.exit_code == 0
 
 
 def test_every_command_that_the_texts_name_exists() -> None:
     known = set(commands())
-    named = re.findall(r"lorikeet (adapters [a-z]+|[a-z]+)", README + OPERATIONS + API)
+    named = re.findall(r"lorikeet (adapters [a-z]+|[a-z-]+)", README + OPERATIONS + API + MAKING)
+    nouns = {"serve", "chat", "doctor", "version", "adapters", "top", "train-adapter", "plan", "sweep"}
     for words in named:
-        if words.split()[0] in {"serve", "chat", "doctor", "version", "adapters", "top"}:
+        if words.split()[0] in nouns:
             assert f"lorikeet {words}" in known or words in {"adapters"}, words
 
 
@@ -178,7 +183,7 @@ def test_every_file_says_what_it_is() -> None:
 
 
 def test_files_that_the_texts_name_exist() -> None:
-    texts = README + OPERATIONS + API + (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    texts = README + OPERATIONS + API + MAKING + (ROOT / "ARCHITECTURE.md").read_text("utf-8")
     named = set(
         re.findall(r"`((?:base|adapters|engine|server|tests|training|bench|docs|deploy)/[\w/.]*)`", texts)
     )
@@ -187,9 +192,15 @@ def test_files_that_the_texts_name_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "ARCHITECTURE.md", "SECURITY.md"):
-        targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8"))
-        assert [target for target in targets if not (ROOT / target).exists()] == []
+    pages = [
+        ROOT / "README.md",
+        ROOT / "ARCHITECTURE.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    for page in pages:
+        targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8"))
+        assert [target for target in targets if not (page.parent / target).exists()] == [], page.name
 
 
 def test_the_figures_are_those_that_the_recipes_wrote() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import training.bases
 import training.run
 import training.workbench
 from adapters.profile import read_profile
@@ -204,7 +205,7 @@ def _never(*_: object) -> BaseModel:
 def test_bad_rows_are_all_reported_before_a_model_is_loaded(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.workbench.Bases, "training", _never)
+    monkeypatch.setattr(training.bases.Bases, "training", _never)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "b"}\n{"prompt": "c", "completion": "d"}\n')
     with pytest.raises(Refused, match=r"2 rows cannot be trained on[\s\S]*empty_target[\s\S]*missing_field"):
@@ -216,7 +217,7 @@ def test_bad_rows_are_all_reported_before_a_model_is_loaded(
 def test_bad_rows_in_quarantine_are_written_down(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.workbench.Bases, "training", _stop)
+    monkeypatch.setattr(training.bases.Bases, "training", _stop)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "c", "completion": "d"}\n')
     with pytest.raises(Stop):
@@ -236,7 +237,7 @@ def _stop(*_: object) -> BaseModel:
 def test_a_dry_run_checks_all_and_writes_nothing(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.workbench.Bases, "training", _never)
+    monkeypatch.setattr(training.bases.Bases, "training", _never)
     result = go(replace(request(rows, tmp_path / "runs" / "a"), is_dry=True))
     assert result.status is Exit.DONE
     assert result.facts is not None
