@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
+from unittest.mock import patch
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -76,6 +78,18 @@ class Oracle:
             raise KeyError(adapter)
         self._model.set_adapter(adapter)
         return self._generate(prompt, num_tokens)
+
+    def compose(self, name: str, weights: Mapping[str, float]) -> None:
+        """PEFT's own: the adapters' matrices stacked, with their weights.
+
+        In fp32, as the adapters themselves are; left alone, PEFT would round the stacked ones to the base's 16 bits.
+        """
+        if not isinstance(self._model, PeftModel):
+            raise KeyError(name)
+        with patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+            self._model.add_weighted_adapter(
+                list(weights), list(weights.values()), name, combination_type="cat"
+            )
 
     @torch.no_grad()
     def _generate(self, prompt: PromptInputs, num_tokens: int) -> Reference:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from adapters.composition import compose
 from adapters.ref import BASE, AdapterRef
 from adapters.registry import Registry
 from adapters.sites import discover_sites
@@ -66,18 +67,25 @@ class Rig:
         self.sites = discover_sites(self.base.module)
         self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
         self.recorder = Recorder()
+        self.compositions: dict[str, AdapterRef] = {}
         self.engine = build_engine(self.base, self.registry, config or EngineConfig(), self.recorder)
 
     def register(self, packages: Mapping[str, Path]) -> None:
         for name, folder in packages.items():
             self.registry.register(name, folder)
 
+    def compose(self, name: str, weights: Mapping[str, float]) -> None:
+        """From here on asks may name the composition as if it were an adapter."""
+        self.compositions[name] = compose((self.registry.resolve(each), weights[each]) for each in weights)
+
     def prompt(self, ask: Ask) -> PromptInputs:
         pictures = tuple(ImagePart(image) for image in ask.images)
         return self.base.processor.prepare_chat([Message("user", (*pictures, TextPart(ask.text)))])
 
     def ref(self, ask: Ask) -> AdapterRef:
-        return BASE if ask.adapter is None else self.registry.resolve(ask.adapter)
+        if ask.adapter is None:
+            return BASE
+        return self.compositions.get(ask.adapter) or self.registry.resolve(ask.adapter)
 
     def request(self, ask: Ask, **params: object) -> GenerationRequest:
         settings = {"max_tokens": ask.num_tokens, "temperature": 0.0, "ignore_eos": True, **params}

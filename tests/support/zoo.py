@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -38,11 +38,13 @@ def zoo() -> Mapping[str, LoraConfig]:
     }
 
 
-def make_zoo(checkpoint: Path, root: Path) -> dict[str, Path]:
-    """Packages by name, with random weights that change the answers."""
+def make_zoo(checkpoint: Path, root: Path, names: Collection[str] = ()) -> dict[str, Path]:
+    """Packages by name, with random weights that change the answers; of all kinds, or of those named."""
     packages: dict[str, Path] = {}
     model = load_stock(checkpoint, quantized=False)
     for seed, (name, config) in enumerate(zoo().items()):
+        if names and name not in names:
+            continue
         packages[name] = root / name
         peft_adapter(model, config, packages[name], seed).unload()
     return packages
