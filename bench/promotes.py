@@ -160,15 +160,19 @@ def main() -> int:
     parser.add_argument("--promotes", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=16)
     options = parser.parse_args()
-    outcome = asyncio.run(
-        run(
-            options.url,
-            sources=(options.sources[0], options.sources[1]),
-            num_promotes=options.promotes,
-            num_streams=options.streams,
-            api_key=options.api_key,
+    try:
+        outcome = asyncio.run(
+            run(
+                options.url,
+                sources=(options.sources[0], options.sources[1]),
+                num_promotes=options.promotes,
+                num_streams=options.streams,
+                api_key=options.api_key,
+            )
         )
-    )
+    except httpx2.HTTPError as error:
+        sys.stderr.write(f"no figures from {options.url}: {error}\n")
+        return 2
     for failure in outcome.failures[:10]:
         sys.stderr.write(f"{failure}\n")
     sys.stdout.write(json.dumps(figures(outcome)) + "\n")
