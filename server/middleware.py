@@ -173,10 +173,22 @@ def _host_name(host: str) -> str:
 
 
 def _check_content_type(headers: Headers) -> None:
-    """A body must be JSON; a POST without body and type is fine where the route needs none."""
+    """A body must be JSON; a POST without body and type is fine where the route needs none, but for foreign pages.
+
+    A page of another site may POST nothing without asking first, and some acts need nothing; JSON it has to ask for.
+    """
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    if has_body or "content-type" in headers:
+    if has_body or "content-type" in headers or _is_of_another_site(headers):
         require_json(headers.get("content-type"))
+
+
+def _is_of_another_site(headers: Headers) -> bool:
+    """Whether a browser says that a page of another origin sends this. Programs say nothing of the kind."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 class BodyLimit:

@@ -148,6 +148,26 @@ def test_a_rebound_host_name_is_refused_on_loopback(client: httpx2.Client) -> No
         assert client.get("/v1/models", headers={"host": name}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, 404),
+        ({"sec-fetch-site": "same-origin", "origin": "http://x"}, 404),
+        ({"sec-fetch-site": "none"}, 404),
+        ({"sec-fetch-site": "cross-site"}, 415),
+        ({"sec-fetch-site": "same-site"}, 415),
+        ({"origin": "https://evil.example"}, 415),
+        ({"origin": "null"}, 415),
+    ],
+)
+def test_a_page_of_another_site_cannot_act_by_posting_nothing(
+    client: httpx2.Client, headers: dict[str, str], expected: int
+) -> None:
+    assert client.post("/v1/adapters/nobody/rollback", headers=headers).status_code == expected
+    own = f"http://{client.base_url.netloc.decode()}"
+    assert client.post("/v1/adapters/nobody/rollback", headers={"origin": own}).status_code == 404
+
+
 def test_the_access_log_has_no_content(client: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lorikeet.access"):
         client.post(
