@@ -8,10 +8,11 @@ from __future__ import annotations
 import bisect
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from adapters.ref import AdapterRef
+from adapters.traffic import Traffic
 from adapters.validation import PackageReport
 
 NUM_NEAR = 3
@@ -43,6 +44,8 @@ class NameRecord:
     versions: tuple[VersionRecord, ...]
     history: tuple[int, ...] = ()
     """What was current before, the latest last; versions that are removed may still stand in it."""
+    profiles: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    """Profiles that were set here, by version; 0 is the name's own."""
 
     def version(self, number: int) -> VersionRecord | None:
         return next((record for record in self.versions if record.ref.version == number), None)
@@ -77,6 +80,8 @@ class AliasRecord:
     version: int
     history: tuple[tuple[str, int], ...] = ()
     """What it meant before, the latest last."""
+    traffic: Traffic | None = None
+    """How its requests are split between versions of that adapter; None where all go to the one."""
 
 
 class Catalogue:

@@ -11,29 +11,33 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 from adapters import ledger_pointers as pointers
-from adapters.catalogue import AliasRecord, NameRecord, VersionRecord
+from adapters import ledger_versions as versions
+from adapters.catalogue import AliasRecord, NameRecord
 from adapters.errors import AdapterError
+from adapters.ledger_conduct import SELECT_ALIAS, TRIGGERS
 from adapters.ledger_errors import ledger_errors
 from adapters.ledger_rows import (
     FROM_1,
+    FROM_2,
     NUM_NAME_COLUMNS,
     SCHEMA,
     SCHEMA_VERSION,
     SELECT,
-    ref_of,
     to_alias,
     to_record,
-    to_row,
 )
 from adapters.validation import PackageReport
+
+T = TypeVar("T")
 
 _BUSY_TIMEOUT_S = 10.0
 """Another server's transaction takes milliseconds; this long means that it hangs."""
@@ -94,11 +98,11 @@ class Ledger:
 
     def aliases(self) -> list[AliasRecord]:
         with self._lock, ledger_errors():
-            return [to_alias(row) for row in self._connection.execute("SELECT * FROM alias").fetchall()]
+            return [to_alias(row) for row in self._connection.execute(SELECT_ALIAS).fetchall()]
 
     def alias(self, alias: str) -> AliasRecord | None:
         with self._lock, ledger_errors():
-            row = self._connection.execute("SELECT * FROM alias WHERE alias = ?", (alias,)).fetchone()
+            row = self._connection.execute(SELECT_ALIAS + "WHERE a.alias = ?", (alias,)).fetchone()
         return None if row is None else to_alias(row)
 
     def record(self, name: str) -> NameRecord | None:
@@ -124,8 +128,8 @@ class Ledger:
             pointers.require_no_alias(connection, name)
             live = "SELECT max(version) FROM version WHERE name = ? AND digest = ? AND NOT is_removed"
             found = connection.execute(live, (name, report.digest)).fetchone()[0]
-            number = found or _revive(connection, name, report)
-            number = number or _append(connection, name, report, source, created_s)
+            number = found or versions.revive(connection, name, report)
+            number = number or versions.append(connection, name, report, source, created_s)
             connection.execute(
                 "INSERT INTO name (name, current, is_pinned, is_enabled) VALUES (?, 0, ?, 1) ON CONFLICT (name) "
                 "DO UPDATE SET is_enabled = 1, is_pinned = max(is_pinned, excluded.is_pinned)",
@@ -199,9 +203,15 @@ class Ledger:
                 raise AdapterError(
                     f"the registry was written by a newer Lorikeet (schema {found}; this one knows {SCHEMA_VERSION})"
                 )
-            for statement in (SCHEMA if found != 1 else SCHEMA + FROM_1).split(";"):
+            steps = SCHEMA + (FROM_1 if found == 1 else "") + (FROM_2 if found in (1, 2) else "")
+            for statement in (*steps.split(";"), *TRIGGERS):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def change(self, name: str, act: Callable[[sqlite3.Connection], T]) -> T:
+        """Any act on a name or an alias, as one transaction."""
+        with self._change(name) as connection:
+            return act(connection)
 
     @contextmanager
     def _change(self, name: str) -> Iterator[sqlite3.Connection]:
@@ -226,22 +236,3 @@ class Ledger:
 def _note(connection: sqlite3.Connection, name: str) -> None:
     """Tell other servers that this name or alias was written."""
     connection.execute("INSERT INTO change (name) VALUES (?)", (name,))
-
-
-def _revive(connection: sqlite3.Connection, name: str, report: PackageReport) -> int | None:
-    """The number that this content had under this name before; its row is alive again."""
-    query = "SELECT max(version) FROM version WHERE name = ? AND digest = ?"
-    number: int | None = connection.execute(query, (name, report.digest)).fetchone()[0]
-    if number is not None:
-        connection.execute("UPDATE version SET is_removed = 0 WHERE name = ? AND version = ?", (name, number))
-    return number
-
-
-def _append(
-    connection: sqlite3.Connection, name: str, report: PackageReport, source: str, created_s: float
-) -> int:
-    query = "SELECT coalesce(max(version), 0) + 1 FROM version WHERE name = ?"
-    number = int(connection.execute(query, (name,)).fetchone()[0])
-    row = to_row(VersionRecord(ref_of(name, number, report), report, source, created_s))
-    connection.execute(f"INSERT INTO version VALUES ({', '.join('?' * len(row))}, 0)", row)
-    return number

@@ -7,6 +7,7 @@ catalogue is never held while something is written.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -122,7 +123,7 @@ class Names:
         """As Ledger.remove."""
         with self._writing:
             moved = self._ledger.remove(name, version, is_spared_if_meant=is_spared_if_meant)
-            for written in (name, *moved):
+            for written in (name, *moved, *self._aliases_of(name)):
                 self._read(written)
 
     def promote(self, name: str, number: int, *, pin: bool) -> bool:
@@ -153,6 +154,12 @@ class Names:
             self._ledger.remove_alias(alias)
             self._read(alias)
 
+    def change(self, name: str, act: Callable[[sqlite3.Connection], None]) -> None:
+        """Any act on a name or an alias, as one transaction."""
+        with self._writing:
+            self._ledger.change(name, act)
+            self._read(name)
+
     def set_pinned(self, name: str, is_pinned: bool) -> None:
         with self._writing:
             self._ledger.set_pinned(name, is_pinned)
@@ -175,6 +182,10 @@ class Names:
             return self._ledger.pulse() != self._pulse and self._read_changes()
         finally:
             self._writing.release()
+
+    def _aliases_of(self, name: str) -> list[str]:
+        with self._reading:
+            return [alias.alias for alias in self._catalogue.aliases() if alias.name == name]
 
     def _look_up(self, name: str) -> tuple[NameRecord, VersionRecord] | None:
         """One state of the catalogue answers, so a name and an alias never mean two moments at once."""

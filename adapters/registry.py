@@ -1,8 +1,9 @@
 """Registry: which adapters exist, what their names mean, and who is using them.
 
-Owns adapters as a whole; the sole truth on them. ``names`` keeps what names mean and ``pointers`` moves it, ``store``
-keeps the bytes, ``leases`` who uses what, ``garbage`` what may go; this file keeps them agreeing, also when the process
-is killed between any two lines: bytes come before the name that means them, and go after it and after the last lease.
+Owns adapters as a whole; the sole truth on them. ``names`` keeps what names mean, ``pointers`` moves it, ``conduct``
+says how they are served, ``store`` keeps the bytes, ``leases`` who uses what, ``garbage`` what may go; this file keeps them
+agreeing, also when the process is killed between any two lines: bytes come before the name that means them, and go
+after it and after the last lease.
 Knows no device; the residency decides what is loaded, and ``load`` reads it. All methods may be called from any thread;
 ``resolve`` never waits for the disk.
 """
@@ -16,19 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.catalogue import NameRecord, VersionRecord
+from adapters.conduct import Conduct
 from adapters.entry import AdapterEntry, Staged, entry_of
-from adapters.errors import AdapterRejected, RejectReason, SourceRejected
 from adapters.garbage import Garbage
 from adapters.leases import Lease, LeaseBook
 from adapters.ledger import Inserted
 from adapters.names import Names, everybody
-from adapters.package import package_digest
 from adapters.pointers import Pointers
 from adapters.ref import BASE, AdapterRef
 from adapters.sites import SiteTable
 from adapters.spelling import Spelling
-from adapters.store import PackageStore, check_sha256
-from adapters.validation import Limits, check_package
+from adapters.store import PackageStore, check_sha256, check_stored
+from adapters.validation import Limits, ReadDefaults, check_package, no_defaults
 
 if TYPE_CHECKING:
     from adapters.weights import AdapterWeights
@@ -56,15 +56,18 @@ class Registry:
         base_names: Collection[str],
         *,
         base_fingerprint: str = "",
+        read_defaults: ReadDefaults = no_defaults,
     ) -> None:
         """Open or create ``root/registry.sqlite`` and ``root/packages/``, and clear away what a killed server left.
 
         ``base_names`` are all names of the served base, its hub id among them if it has one.
+        ``read_defaults`` checks what a package says that its requests are served with.
         """
         self._sites = sites
         self._limits = limits
         self._base_names = tuple(base_names)
         self._base_fingerprint = base_fingerprint
+        self._read_defaults = read_defaults
         self._spelling = Spelling(base_names)
         self._store = PackageStore(root / "packages")
         self._leases = LeaseBook(self._store, lambda digest: self._garbage.collect_later(digest))
@@ -73,6 +76,7 @@ class Registry:
             self._names = Names(root / "registry.sqlite")
             self._garbage = Garbage(self._store, self._names, self._leases, self._sound.discard)
             self.pointers = Pointers(self._names, self._leases, self._spelling)
+            self.conduct = Conduct(self._names)
             self._compare_with_store(is_alone)
 
     def register(
@@ -120,7 +124,12 @@ class Registry:
         self._spelling.check_name(offer.name)
         with self._store.staged(offer.folder, self._limits.max_package_bytes, offer.within) as copy:
             report = check_package(
-                copy, self._sites, self._limits, self._base_names, base_fingerprint=self._base_fingerprint
+                copy,
+                self._sites,
+                self._limits,
+                self._base_names,
+                base_fingerprint=self._base_fingerprint,
+                read_defaults=self._read_defaults,
             )
             check_sha256(copy, report.digest, offer.expected_sha256)
             self._store.keep(copy, report.digest)
@@ -211,8 +220,9 @@ class Registry:
 
         with self.lease(ref):
             folder = self._store.path(ref.digest)
-            if ref.digest not in self._sound:
-                self._check_bytes(folder, ref)
+            if ref.digest not in self._sound:  # once: the disk may have rotted since it was checked
+                check_stored(folder, ref.digest, str(ref))
+                self._sound.add(ref.digest)
             return load_weights(folder, self._sites, digest=ref.digest)
 
     def close(self) -> None:
@@ -232,19 +242,3 @@ class Registry:
         missing = sorted(meant - self._store.digests())
         if missing:
             _log.error("registry.packages_missing count=%d first=%s", len(missing), ",".join(missing[:3]))
-
-    def _check_bytes(self, folder: Path, ref: AdapterRef) -> None:
-        """Once for each package that this process did not check itself: the disk may have rotted meanwhile."""
-        try:
-            digest = package_digest(folder)
-        except OSError as error:
-            raise SourceRejected(
-                f"the stored bytes of adapter {ref} cannot be read: {error.strerror}"
-            ) from error
-        if digest != ref.digest:
-            raise AdapterRejected(
-                RejectReason.DIGEST_MISMATCH,
-                f"the stored bytes of adapter {ref} have changed on disk; register it again",
-                (ref.digest,),
-            )
-        self._sound.add(ref.digest)

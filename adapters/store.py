@@ -165,6 +165,22 @@ def check_sha256(folder: Path, digest: str, expected: str | None) -> None:
         )
 
 
+def check_stored(folder: Path, digest: str, what: str) -> None:
+    """Whether stored bytes are still what they were. Raises SourceRejected, AdapterRejected (digest_mismatch)."""
+    try:
+        found = package_digest(folder)
+    except OSError as error:
+        raise SourceRejected(
+            f"the stored bytes of adapter {what} cannot be read: {error.strerror}"
+        ) from error
+    if found != digest:
+        raise AdapterRejected(
+            RejectReason.DIGEST_MISMATCH,
+            f"the stored bytes of adapter {what} have changed on disk; register it again",
+            (digest,),
+        )
+
+
 def _is_sound(folder: Path, digest: str) -> bool:
     try:
         return package_digest(folder) == digest

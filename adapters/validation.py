@@ -8,7 +8,7 @@ Only the probe that runs the model comes after it, in the engine.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -28,7 +28,7 @@ from adapters.package import (
     package_digest,
 )
 from adapters.placement import Placement, place
-from adapters.profile import MAX_PROFILE_BYTES, PackageProfile, read_profile
+from adapters.profile import MAX_PROFILE_BYTES, Json, PackageProfile, read_profile
 from adapters.safetensors_header import read_header
 from adapters.sites import PARTS, Part, SiteTable
 
@@ -69,6 +69,17 @@ class PackageReport:
     """Leaf names, e.g. ``q_proj``, in the base's order."""
     parts: tuple[Part, ...]
     num_sites: int
+    defaults: str = "{}"
+    """JSON object: what ``lorikeet.json`` says a request is to be served with where it says nothing itself."""
+
+
+ReadDefaults = Callable[[Json], str]
+"""``profile`` of ``lorikeet.json`` -> the JSON object of its serving defaults. Raises AdapterRejected (bad_config)."""
+
+
+def no_defaults(profile: Json) -> str:
+    """For whoever serves no requests."""
+    return "{}"
 
 
 def check_package(
@@ -79,6 +90,7 @@ def check_package(
     *,
     base_fingerprint: str = "",
     within: Path | None = None,
+    read_defaults: ReadDefaults = no_defaults,
 ) -> PackageReport:
     """Check all of a package against a base. Links in it may not lead out of ``within`` (the folder, if not given).
 
@@ -94,7 +106,7 @@ def check_package(
             placements = place_package(file, manifest, sites, limits)
             content = examine(file, placements)
             _check_weights(file, profile.weights_sha256)
-        return _report(manifest, package_digest(folder, within), content)
+        return _report(manifest, package_digest(folder, within), content, read_defaults(profile.profile))
     except OSError as error:
         raise SourceRejected(f"the package cannot be read: {error.strerror}") from None
 
@@ -142,7 +154,7 @@ def _check_weights(file: BufferedReader, recorded: str) -> None:
         )
 
 
-def _report(manifest: AdapterManifest, digest: str, content: Content) -> PackageReport:
+def _report(manifest: AdapterManifest, digest: str, content: Content, defaults: str) -> PackageReport:
     placed = content.placements
     return PackageReport(
         kind=manifest.kind,
@@ -154,4 +166,5 @@ def _report(manifest: AdapterManifest, digest: str, content: Content) -> Package
         targets=tuple(dict.fromkeys(placement.site.leaf for placement in placed)),
         parts=tuple(part for part in PARTS if any(placement.site.part == part for placement in placed)),
         num_sites=len(placed),
+        defaults=defaults,
     )

@@ -307,6 +307,8 @@ def test_a_ledger_of_the_first_schema_is_taken_over(root: Path, packages: list[P
     with_versions(open_registry(root), packages, 3).close()
     connection = sqlite3.connect(root / "registry.sqlite")
     connection.executescript(
+        "DROP TRIGGER version_removed; DROP TRIGGER name_removed; DROP TRIGGER alias_moved; DROP TRIGGER alias_removed;"
+        "DROP TABLE profile; DROP TABLE traffic; ALTER TABLE version DROP COLUMN defaults;"
         "ALTER TABLE name DROP COLUMN history; DROP TABLE alias; PRAGMA user_version = 1;"
     )
     connection.close()

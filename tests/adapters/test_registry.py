@@ -417,7 +417,7 @@ def _fill(root: Path, num_names: int, example: AdapterRef) -> None:
     digests = [f"{index:064x}" for index in range(num_names)]
     connection.executemany(
         "INSERT INTO version SELECT ?, 1, ?, '', ?, kind, num_bytes, rank, targets, parts, num_sites, source, "
-        "created_s, 0 FROM version WHERE name = ?",
+        "created_s, 0, '{}' FROM version WHERE name = ?",
         [(f"adapter-{index:05}", digest, digest, example.name) for index, digest in enumerate(digests)],
     )
     connection.executemany(
