@@ -61,7 +61,7 @@ async def register(state: ServerState, actor: Actor, wanted: Registration) -> tu
         async with load_place(state):
             entry, is_created = await _register(state, wanted, upload)
     if upload is not None:
-        state.uploads.discard(upload)
+        await state.uploads.end(upload)
     actor.note(
         "registered", entry.ref, created=is_created, loaded=wanted.should_load, current=entry.is_current
     )

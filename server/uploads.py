@@ -140,11 +140,13 @@ class Uploads:
 
     def discard(self, upload: Upload) -> None:
         """Delete it. Who still writes into it fails on its own; idempotent."""
-        if self._open.pop(upload.id, None) is None:
-            return
-        shutil.rmtree(upload.folder, ignore_errors=True)
-        if upload.lock >= 0:
-            os.close(upload.lock)
+        if self._open.pop(upload.id, None) is not None:
+            _delete(upload)
+
+    async def end(self, upload: Upload) -> None:
+        """As ``discard``, off the loop: deleting gigabytes takes a while."""
+        if self._open.pop(upload.id, None) is not None:
+            await asyncio.to_thread(_delete, upload)
 
     def expire(self) -> None:
         """Delete what was abandoned."""
@@ -182,6 +184,12 @@ def require_file_name(name: str) -> str:
             param="file",
         )
     return name
+
+
+def _delete(upload: Upload) -> None:
+    shutil.rmtree(upload.folder, ignore_errors=True)
+    if upload.lock >= 0:
+        os.close(upload.lock)
 
 
 def _lock(folder: Path, operation: int) -> int | None:

@@ -76,7 +76,7 @@ async def delete_upload(request: Request, upload: str) -> Response:
             "a file of this upload is being written, or it is being registered: wait for that",
             headers={"x-should-retry": "false"},
         )
-    state.uploads.discard(found)
+    await state.uploads.end(found)
     actor.note("upload_deleted", _short(found))
     return json_reply({"id": found.id, "deleted": True})
 
@@ -90,7 +90,7 @@ def _require_raw(content_type: str | None) -> None:
 
 
 def _record(state: ServerState, upload: Upload) -> dict[str, object]:
-    expires = datetime.now(UTC) + timedelta(seconds=state.uploads.idle_s)
+    expires = datetime.now(UTC) + timedelta(seconds=state.uploads.idle_s)  # asking for it began the time anew
     return {
         "id": upload.id,
         "object": "adapter_upload",
