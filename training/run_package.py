@@ -9,13 +9,14 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from adapters.profile import GateFacts
+from adapters.profile import GateFacts, RecordedProbe
 from training.evaluation import Verdict
 from training.hub import SCHEME
 from training.package import PackageFacts, base_facts, processor_facts, write_package
@@ -37,15 +38,33 @@ LIBRARIES: Final = (
 )
 
 
-def write_run_package(
-    folder: RunFolder, recipe: Recipe, bench: Workbench, trained: Trained, verdict: Verdict | None
-) -> tuple[Path, Agreement]:
-    """Probe the adapter on the serving engine and write the package; its folder, and how far the trainer's logits are
-    from the served ones. Raises AdapterError, FolderRefused."""
-    base = bench.bases.serving()
+@dataclass(frozen=True, slots=True)
+class RunProof:
+    """What the serving engine says of an adapter, before it is judged."""
+
+    probes: tuple[RecordedProbe, ...]
+    agreed: Agreement
+    """How far the trainer's logits are from the served ones."""
+
+
+def prove(bench: Workbench, trained: Trained) -> RunProof:
+    """Ask the probes. Raises AdapterError."""
+    processor = bench.bases.serving().processor
     with bench.generator() as generator:
-        probes = record_probes(generator, base.processor, trained.adapter)
-        agreed = agreement(trained.logits, generator, base.processor, trained.adapter)
+        probes = record_probes(generator, processor, trained.adapter)
+        return RunProof(probes, agreement(trained.logits, generator, processor, trained.adapter))
+
+
+def write_run_package(
+    folder: RunFolder,
+    recipe: Recipe,
+    bench: Workbench,
+    trained: Trained,
+    proof: RunProof,
+    verdict: Verdict | None,
+) -> Path:
+    """Write the package, where its gate's outcome puts it; its folder. Raises FolderRefused."""
+    base = bench.bases.serving()
     facts = PackageFacts(
         name=recipe.name,
         base=base_facts(base),
@@ -55,8 +74,8 @@ def write_run_package(
         scores=verdict.adapter if verdict else {},
         base_scores=verdict.base if verdict else {},
         gate=GateFacts(verdict.passed, verdict.gate.lines) if verdict else None,
-        environment=_environment(trained, agreed),
-        probes=probes,
+        environment=_environment(trained, proof.agreed),
+        probes=proof.probes,
     )
     place, other = folder.package, folder.refused_package
     if verdict is not None and not verdict.passed:
@@ -64,7 +83,7 @@ def write_run_package(
     written = write_package(place, trained.adapter, facts, beside=_beside(folder), replace=True)
     if other.exists():
         shutil.rmtree(other)
-    return written, agreed
+    return written
 
 
 def published(recipe: Recipe) -> dict[str, object]:

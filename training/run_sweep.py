@@ -19,7 +19,7 @@ from training.linter import advise
 from training.outcome import Refused
 from training.recipe import Recipe
 from training.recipe_sources import ResolvedRecipe
-from training.run import HUB, Surroundings
+from training.run_begin import HUB, Surroundings
 from training.run_data import RunData, gather
 from training.run_plan import foresee
 from training.rundir import RECIPE, RunFolder
