@@ -40,7 +40,7 @@ NUM_KILLS = 200
 NUM_PACKAGES = 3
 MAX_ACTS = 400
 """More than a worker does in its time."""
-LONGEST_LIFE_S = 0.06
+LONGEST_LIFE_S = 0.04
 
 _WORKER = """
 import gc, json, os, sys
