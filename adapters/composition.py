@@ -28,7 +28,7 @@ _SEED = "lorikeet composition 1"
 
 
 class CompositionRejected(AdapterError):
-    """These parts cannot be composed, each though it may be served alone."""
+    """These parts cannot be composed, though each may be served alone."""
 
 
 class Described(Protocol):

@@ -37,6 +37,11 @@ class AdapterRef:
         return bool(self.parts)
 
     @property
+    def title(self) -> str:
+        """What its users call it: an adapter's name without the version, a composition's parts."""
+        return str(self) if self.is_composed else self.name
+
+    @property
     def versions(self) -> tuple[AdapterRef, ...]:
         """The registered versions whose bytes it needs: its parts, itself, or, for the base, none."""
         if self.is_composed:

@@ -161,7 +161,7 @@ class Residency:
         """
         seat = self._seats.get(ref)
         if seat is not None and (seat.num_holds or not seat.is_resident):
-            raise AdapterBusy(ref.name, seat.num_holds)
+            raise AdapterBusy(ref.title, seat.num_holds)
         self._pins.discard(ref)
         return None if seat is None else Evict(ref, self._seats.pop(ref).slot)
 

@@ -191,7 +191,7 @@ class AdapterSwaps:
         if num_holds or self._residency.is_loading(message.ref):
             if now < pending.deadline_s:
                 return False
-            self._answer(message, AdapterBusy(message.ref.name, num_holds))
+            self._answer(message, AdapterBusy(message.ref.title, num_holds))
             return True
         self._answer(message, self._unload(message.ref))
         return True
