@@ -114,6 +114,12 @@ def test_a_resumed_run_needs_nothing_but_its_folder(asked: list[RunRequest], tmp
     )
 
 
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    result = invoke("train-adapter", "--out", str(tmp_path), "--resume")
+    assert result.exit_code == 2
+    assert "holds no run to go on with" in result.stderr
+
+
 def test_a_bundled_recipe_is_named(asked: list[RunRequest]) -> None:
     from training.recipe_sources import bundled
 

@@ -79,11 +79,14 @@ def _run(make_generator: GeneratorFactory, flags: Mapping[str, object], own: Map
 def resolve(flags: Mapping[str, object], own: Mapping[str, object]) -> ResolvedRecipe:
     """The recipe of the flags over the file; with --resume and no file, over the run's own. Raises RecipeError."""
     from training.recipe_sources import resolve_recipe
-    from training.rundir import RECIPE
+    from training.rundir import RECIPE, RunFolderError
 
     file = own["recipe"]
     if file is None and own.get("resume"):
-        file = folder_of(own, str(flags.get("name", ""))) / RECIPE
+        folder = folder_of(own, str(flags.get("name", "")))
+        file = folder / RECIPE
+        if not file.is_file():
+            raise RunFolderError(f"{folder} holds no run to go on with: name its folder with --out")
     return resolve_recipe(Path(str(file)) if file is not None else None, flags)
 
 
