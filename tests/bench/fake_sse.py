@@ -1,0 +1,103 @@
+"""A server of chat completions that answers by a script, on a real socket: each call gets words, pauses and faults."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Script:
+    """What the server does, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.first_s = 0.0
+        self.gap_s = 0.0
+        self.fault: str | None = None
+        """`status`, `error`, `cut`, `short`, `unfinished`, `silent`."""
+        self.bodies: list[dict[str, object]] = []
+        self.num_at_once = 0
+        self.most_at_once = 0
+        self.lock = threading.Lock()
+
+
+def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            with script.lock:
+                script.bodies.append(body)
+                script.num_at_once += 1
+                script.most_at_once = max(script.most_at_once, script.num_at_once)
+            try:
+                self._answer(body)
+            finally:
+                with script.lock:
+                    script.num_at_once -= 1
+
+        def _answer(self, body: dict[str, object]) -> None:
+            status = 429 if script.fault == "status" else 200
+            self.send_response(status)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            for data in self._events(body):
+                self._chunk(data)
+            self._chunk(b"")
+
+        def _events(self, body: dict[str, object]) -> Iterator[bytes]:
+            num = int(str(body["max_tokens"])) - (script.fault == "short")
+            yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+            time.sleep(script.first_s)
+            for number in range(0 if script.fault == "silent" else num):
+                if number:
+                    time.sleep(script.gap_s)
+                content = f"w{number} {body.get('adapter')}"
+                yield _event({"choices": [{"index": 0, "delta": {"content": content}}]})
+            if script.fault == "error":
+                yield _event({"error": {"message": "broke", "code": "internal"}})
+            if script.fault != "unfinished":
+                yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+            usage = {
+                "prompt_tokens": 7,
+                "completion_tokens": num,
+                "prompt_tokens_details": {"cached_tokens": 3},
+            }
+            last = _event({"choices": [], "usage": usage})
+            yield last[:9]  # an event may come in two pieces
+            yield last[9:]
+            if script.fault != "cut":
+                yield b"data: [DONE]\n\n"
+
+        def _chunk(self, data: bytes) -> None:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.flush()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    return Handler
+
+
+def _event(frame: dict[str, object]) -> bytes:
+    return b"data: " + json.dumps(frame).encode() + b"\n\n"
+
+
+@contextmanager
+def fake_sse_server() -> Iterator[tuple[str, Script]]:
+    """Its URL, and the script that it follows."""
+    script = Script()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", script
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
