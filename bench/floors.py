@@ -1,0 +1,139 @@
+"""The floors: bytes and operations that a decode step cannot go without, and what LoRA may therefore cost. Pure.
+
+Formulas are those of docs/benchmarks.md, so that anybody can recompute them. A step reads every weight once, whatever
+Formulas are those of docs/benchmarks.md, so that anybody can recompute them. A step reads every weight once, whatever
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a parameter with double quantisation: 4 bits, an 8-bit scale for 64, a 32-bit one for 256 scales: 0.5159."""
+BF16_BYTES = 2.0
+FP32_BYTES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageShape:
+    """What decides a decode step's bytes and operations."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """(in, out) of a layer's linears."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (self.hidden, query),
+            "k": (self.hidden, key),
+            "v": (self.hidden, key),
+            "o": (query, self.hidden),
+            "gate": (self.hidden, self.mlp),
+            "up": (self.hidden, self.mlp),
+            "down": (self.mlp, self.hidden),
+        }
+
+    @property
+    def num_linear_weights(self) -> int:
+        return self.layers * sum(width * out for width, out in self.linears.values())
+
+    @property
+    def num_head_weights(self) -> int:
+        return self.vocab * self.hidden
+
+    def num_lora_weights(self, rank: int, targets: tuple[str, ...] | None = None) -> int:
+        """Of one adapter, on all linears unless some are named."""
+        wanted = [size for name, size in self.linears.items() if targets is None or name in targets]
+        return self.layers * rank * sum(width + out for width, out in wanted)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+
+def read_shape(checkpoint: Path) -> LanguageShape:
+    """From a checkpoint's config.json, in either layout. Raises KeyError for one that is no such model's."""
+    outer = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    text = outer.get("text_config") or outer
+    heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    return LanguageShape(
+        hidden=hidden,
+        layers=text["num_hidden_layers"],
+        heads=heads,
+        kv_heads=text["num_key_value_heads"],
+        head_dim=text.get("head_dim") or hidden // heads,
+        mlp=text["intermediate_size"],
+        vocab=text["vocab_size"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this machine reaches, measured by the bench itself."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    """Of the base's matrix products."""
+    lora_flops_per_s: float
+    """Of the adapters' products: on a CPU they are in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decode step: so many rows, over so many distinct adapters, at a context."""
+
+    rows: int
+    num_adapters: int = 0
+    rank: int = 16
+    context: int = 512
+    base_weight_bytes: float = NF4_BYTES
+    """Of a linear's weight as it is read: NF4, or 2 where a CPU keeps a 16-bit copy."""
+    lora_weight_bytes: float = BF16_BYTES
+    """4 on a CPU, where adapters are kept in fp32."""
+    targets: tuple[str, ...] | None = None
+
+
+def base_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
+    """What the base alone takes at least: its weights, its head, the rows' keys and values."""
+    num_bytes = (
+        shape.num_linear_weights * step.base_weight_bytes
+        + shape.num_head_weights * BF16_BYTES
+        + step.rows * step.context * shape.kv_bytes_per_token
+    )
+    flops = 2.0 * step.rows * (shape.num_linear_weights + shape.num_head_weights)
+    return max(num_bytes / machine.bytes_per_s, flops / machine.flops_per_s)
+
+
+def lora_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
+    """What the adapters add at least: each distinct one's weights once, and every row's products."""
+    if not step.num_adapters:
+        return 0.0
+    weights = shape.num_lora_weights(step.rank, step.targets)
+    num_bytes = min(step.num_adapters, step.rows) * weights * step.lora_weight_bytes
+    return max(num_bytes / machine.bytes_per_s, 2.0 * step.rows * weights / machine.lora_flops_per_s)
+
+
+def possible_ratio(shape: LanguageShape, step: Step, machine: Machine) -> float:
+    """Of throughput with adapters to the base's: 1 is free."""
+    base = base_seconds(shape, step, machine)
+    return base / (base + lora_seconds(shape, step, machine))
+
+
+def lora_efficiency(measured_ratio: float, shape: LanguageShape, step: Step, machine: Machine) -> float:
+    """The measured ratio as a share of the possible one."""
+    return measured_ratio / possible_ratio(shape, step, machine)
+
+
+def floor_tokens_per_s(shape: LanguageShape, step: Step, machine: Machine) -> float:
+    """Output tokens a second that no engine on this machine can exceed by more than the machine was mismeasured."""
+    return step.rows / (base_seconds(shape, step, machine) + lora_seconds(shape, step, machine))
