@@ -7,32 +7,17 @@ one has checked it. Knows no device and no request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from adapters import ledger_conduct as ledger
 from adapters.catalogue import AliasRecord
 from adapters.errors import AdapterNotFound
 from adapters.names import Names
+from adapters.profile_layers import Fields, Layers, layers_of
 from adapters.ref import AdapterRef
 from adapters.traffic import Traffic
 
 _log = logging.getLogger("lorikeet.adapters.conduct")
-
-Fields = Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """What one version is served with where a request says nothing; a later layer wins."""
-
-    package: Fields
-    """Came with the weights."""
-    adapter: Fields
-    """Set for the name: holds for each of its versions."""
-    version: Fields
-    """Set for this version alone."""
 
 
 class Conduct:
@@ -45,13 +30,7 @@ class Conduct:
 
     def profile(self, ref: AdapterRef) -> Layers:
         """Of one version; microseconds. Raises AdapterNotFound."""
-        record, version = self._names.find(str(ref))
-        profiles = record.profiles
-        return Layers(
-            package=ledger.to_fields(version.report.defaults),
-            adapter=profiles.get(ledger.ALL_VERSIONS, {}),
-            version=profiles.get(version.ref.version, {}),
-        )
+        return layers_of(*self._names.find(str(ref)))
 
     def change_profile(self, name: str, version: int, changes: Fields) -> None:
         """Set fields of a version's profile, or with version 0 of the name's; None resets one to what is beneath.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from adapters.catalogue import NameRecord, VersionRecord
 from adapters.leases import LeaseBook
+from adapters.profile_layers import NO_LAYERS, Layers, layers_of
 from adapters.ref import AdapterRef
 from adapters.validation import PackageReport
 
@@ -29,6 +30,8 @@ class AdapterEntry:
     """Whether the bare name means this version."""
     versions: tuple[int, ...]
     """Numbers of all versions that the name has, oldest first."""
+    layers: Layers = NO_LAYERS
+    """What it is served with where a request says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +56,5 @@ def entry_of(record: NameRecord, version: VersionRecord, leases: LeaseBook) -> A
         last_used_s=last_used_s,
         is_current=version.ref.version == record.current,
         versions=tuple(version.ref.version for version in record.versions),
+        layers=layers_of(record, version),
     )

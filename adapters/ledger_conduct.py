@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from functools import lru_cache
 
 from adapters.errors import AdapterNotFound
 from adapters.traffic import Shadow, Traffic
 
-ALL_VERSIONS = 0
-"""In place of a version's number: the name's own profile, which holds for each of its versions."""
+_ALL_VERSIONS = 0
+"""As ``profile_layers.ALL_VERSIONS``, which stands above this file."""
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS profile (
@@ -133,15 +132,8 @@ def to_profiles(text: str) -> Mapping[int, Fields]:
     return {} if text == "{}" else {int(number): fields for number, fields in json.loads(text).items()}
 
 
-@lru_cache(maxsize=4096)
-def to_fields(text: str) -> Fields:
-    """A JSON object, shared: not to be changed."""
-    fields: Fields = json.loads(text)
-    return fields
-
-
 def _require(connection: sqlite3.Connection, name: str, version: int) -> None:
-    if version == ALL_VERSIONS:
+    if version == _ALL_VERSIONS:
         row = connection.execute("SELECT 1 FROM name WHERE name = ?", (name,)).fetchone()
     else:
         query = "SELECT 1 FROM version WHERE name = ? AND version = ? AND NOT is_removed"

@@ -1,9 +1,9 @@
 """Registry: which adapters exist, what their names mean, and who is using them.
 
 Owns adapters as a whole; the sole truth on them. ``names`` keeps what names mean, ``pointers`` moves it, ``conduct``
-says how they are served, ``store`` keeps the bytes, ``leases`` who uses what, ``garbage`` what may go; this file keeps them
-agreeing, also when the process is killed between any two lines: bytes come before the name that means them, and go
-after it and after the last lease.
+says how they are served, ``store`` keeps the bytes, ``leases`` who uses what, ``garbage`` what may go; this file keeps
+them agreeing, also when the process is killed between any two lines: bytes come before the name that means them, and
+go after it and after the last lease.
 Knows no device; the residency decides what is loaded, and ``load`` reads it. All methods may be called from any thread;
 ``resolve`` never waits for the disk.
 """

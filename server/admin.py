@@ -8,6 +8,7 @@ it prepares what later requests name.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidA
 from adapters.package import package_digest
 from adapters.ref import AdapterRef
 from engine.errors import EngineError
+from server import profile_acts
 from server.actors import Actor, audit_log, find
 from server.errors import WireError
 from server.loading import (
@@ -45,6 +47,8 @@ class Registration:
     should_pin: bool = False
     should_load: bool = True
     should_promote: bool = True
+    profile: Mapping[str, object] | None = None
+    """For the version that this comes to."""
 
 
 async def register(state: ServerState, actor: Actor, wanted: Registration) -> tuple[AdapterEntry, bool]:
@@ -56,6 +60,8 @@ async def register(state: ServerState, actor: Actor, wanted: Registration) -> tu
         raise WireError(
             403, "insufficient_scope", "this API key may not register an adapter of that name", param="name"
         )
+    if wanted.profile:
+        await profile_acts.check(state, wanted.profile, wanted.profile)
     upload = find_upload(state, actor, wanted.source)
     with nullcontext() if upload is None else state.uploads.using(upload):
         async with load_place(state):
@@ -80,6 +86,8 @@ async def _register(
     try:
         if wanted.should_load:
             await bring(state, entry.ref, should_pin=entry.is_current and entry.is_pinned)
+        if wanted.profile:
+            await profile_acts.set_version(state, entry, wanted.profile)
         if wanted.should_promote:
             entry, has_moved = await move(state, entry.ref, should_pin=wanted.should_pin)
     except (AdapterError, EngineError, WireError):

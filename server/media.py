@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 T = TypeVar("T")
+PixelRange = tuple[int | None, int | None]
+"""(min_pixels, max_pixels); None leaves the checkpoint's own."""
 
 NUM_DECODERS = 2
 """Threads: decoding lets go of the interpreter; two pictures of 16.8 M pixels take some 300 MB while they decode."""
@@ -113,8 +115,14 @@ class MediaLoader:
         """A fresh budget for one request."""
         return MediaBudget(self.limits)
 
-    async def load(self, url: str, detail: str = "auto", budget: MediaBudget | None = None) -> ImagePart:
-        """The picture at ``url``, upright and RGB, with the pixel range that ``detail`` asks for.
+    async def load(
+        self,
+        url: str,
+        detail: str = "auto",
+        budget: MediaBudget | None = None,
+        usual: PixelRange = (None, None),
+    ) -> ImagePart:
+        """The picture at ``url``, upright and RGB, with the pixel range that ``detail`` asks for; auto is ``usual``.
 
         Raises WireError: invalid_request (detail, too many images), invalid_image, image_too_large,
         media_url_rejected, media_fetch_failed.
@@ -123,7 +131,7 @@ class MediaLoader:
             raise WireError(400, "invalid_request", f"detail is one of {', '.join(DETAILS)}", param="detail")
         spent = budget or self.budget()
         spent.take_image()
-        min_pixels, max_pixels = self._pixel_range(detail)
+        min_pixels, max_pixels = self._pixel_range(detail, usual)
         data = await self._bytes_of(url)
         spent.take_bytes(len(data))
         opened: OpenedImage = await self._in_pool(partial(open_image, data, self.limits.max_pixels))
@@ -135,12 +143,16 @@ class MediaLoader:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pixel_range(self, detail: str) -> tuple[int | None, int | None]:
-        """(min_pixels, max_pixels); None leaves the checkpoint's own."""
+    def _pixel_range(self, detail: str, usual: PixelRange) -> PixelRange:
         if detail == "low":
             return LOW_MIN_PIXELS, min(LOW_MAX_PIXELS, self.limits.default_max_pixels)
         if detail == "original":
             return None, self.limits.original_max_pixels
+        if detail == "auto":
+            least, most = (
+                None if pixels is None else min(pixels, self.limits.original_max_pixels) for pixels in usual
+            )
+            return least, most
         return None, None
 
     async def _bytes_of(self, url: str) -> bytes:

@@ -19,6 +19,8 @@ from anyio.lowlevel import RunVar
 from base.errors import PromptError
 from base.prompt import ImagePart, Message, PromptInputs, TextPart, ToolCall
 from server.errors import WireError, to_wire
+from server.media import PixelRange
+from server.profiles import NO_PROFILE, Profile
 from server.schemas import ChatRequest
 from server.schemas.messages import AssistantMessage, ChatMessage, ImageContent, TextContent, ToolMessage
 from server.state import ServerState
@@ -39,10 +41,15 @@ def num_waiting_for_preparers() -> int:
     return _limiter().statistics().tasks_waiting
 
 
-async def chat_prompt(request: ChatRequest, state: ServerState) -> PromptInputs:
+async def chat_prompt(
+    request: ChatRequest, state: ServerState, profile: Profile = NO_PROFILE
+) -> PromptInputs:
     """Raises WireError naming the part at fault."""
-    check_length(_num_chars(request.messages), state.max_model_len, "messages")
-    images = await _load_images(request.messages, state)
+    system = profile.system_for(request)
+    num_chars = _num_chars(request.messages) + len(system or "")
+    check_length(num_chars, state.max_model_len, "messages")
+    images = await _load_images(request.messages, state, (profile.min_pixels, profile.max_pixels))
+    first = [] if system is None else [Message("system", (TextPart(system),))]
     tools = (
         []
         if request.tool_choice == "none"
@@ -50,7 +57,7 @@ async def chat_prompt(request: ChatRequest, state: ServerState) -> PromptInputs:
     )
     prepare = partial(
         state.processor.prepare_chat,
-        [_message(i, message, images) for i, message in enumerate(request.messages)],
+        [*first, *(_message(i, message, images) for i, message in enumerate(request.messages))],
         tools=tools,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
@@ -70,7 +77,7 @@ async def text_prompt(prompt: str | list[int], state: ServerState, param: str = 
 # ---- messages --------------------------------------------------------------------------------------------------
 
 
-async def _load_images(messages: Sequence[ChatMessage], state: ServerState) -> Images:
+async def _load_images(messages: Sequence[ChatMessage], state: ServerState, usual: PixelRange) -> Images:
     """All pictures of a request, at once; the first that is refused ends the others."""
     wanted = [
         (i, j, part)
@@ -85,7 +92,7 @@ async def _load_images(messages: Sequence[ChatMessage], state: ServerState) -> I
 
     async def load(i: int, j: int, part: ImageContent) -> ImagePart:
         try:
-            return await state.media.load(part.url, part.detail, budget)
+            return await state.media.load(part.url, part.detail, budget, usual)
         except Exception as error:
             raise to_wire(error).with_param(f"messages[{i}].content[{j}].image_url") from error
 

@@ -138,6 +138,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     from server.auth import Gate
     from server.media import MediaLoader
     from server.metrics import Metrics
+    from server.profiles import package_defaults
     from server.roots import register_roots
     from server.state import ServerState, unready_reasons
     from server.uploads import Uploads
@@ -145,7 +146,14 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     limits = Limits(max_rank=settings.max_rank, max_package_bytes=int(settings.max_adapter_size))
     sites, names = discover_sites(base.module), _base_names(settings, base.spec.name)
     try:
-        registry = Registry(state_dir, sites, limits, names, base_fingerprint=base.spec.fingerprint)
+        registry = Registry(
+            state_dir,
+            sites,
+            limits,
+            names,
+            base_fingerprint=base.spec.fingerprint,
+            read_defaults=package_defaults,
+        )
     except (AdapterError, OSError) as error:
         raise StartError(f"cannot open the registry in {state_dir}: {error}") from error
     uploads = Uploads(state_dir / "uploads", int(settings.max_adapter_size))

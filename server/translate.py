@@ -16,6 +16,7 @@ from engine.errors import Draining, EngineDown, GrammarError, QueueFull
 from engine.request import GenerationRequest
 from engine.sampling import GrammarSpec, SamplingParams
 from server.errors import invalid_request
+from server.profiles import Profile, profile_of
 from server.prompts import chat_prompt, num_waiting_for_preparers, text_prompt
 from server.sampling import biases, grammar_of, max_tokens_for, sampling_params, seed_of
 from server.schemas import ChatRequest, CompletionRequest
@@ -24,6 +25,7 @@ from server.state import ServerState
 from server.tools import tool_grammar_of
 
 RETRY_AFTER_S = 1.0
+Pair = tuple[PromptInputs, SamplingParams]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Origin:
 
     response_id: str
     adapters: tuple[AdapterRef, ...]
-    """Each answers the same prompts."""
+    """Each answers the same prompts, as its profile has them."""
     arrival_s: float
     """``time.monotonic()`` when the route began."""
 
@@ -57,22 +59,35 @@ async def translate_chat(
 ) -> tuple[GenerationRequest, ...]:
     """One GenerationRequest a choice: those of the first adapter, then those of the next.
 
-    All share one prompt, whose pictures were loaded and prepared once. Raises WireError, or an error that ``to_wire``
-    knows.
+    Those whose profiles are equal share one prompt, whose pictures were loaded and prepared once. Raises WireError, or
+    an error that ``to_wire`` knows.
     """
     biases(request.logit_bias, state.processor.vocab_size)
+    made: dict[str, Pair] = {}
+    pairs = []
+    for adapter in origin.adapters:
+        profile = profile_of(adapter, state)
+        if profile.text not in made:
+            made[profile.text] = await _chat_pair(profile.complete(request), profile, state)
+        pairs.append((adapter, made[profile.text]))
+    return _requests(pairs, request.n, origin, state)
+
+
+async def _chat_pair(request: ChatRequest, profile: Profile, state: ServerState) -> Pair:
     grammar = await _compiled(tool_grammar_of(request), "tools", state)
     if grammar is None:
         grammar = await _compiled(grammar_of(request.response_format), "response_format", state)
-    prompt = await chat_prompt(request, state)
+    prompt = await chat_prompt(request, state, profile)
+    room = state.max_model_len - len(prompt.ids)
+    wanted = profile.answer_tokens(request.wanted_tokens, request.min_tokens, room)
     params = sampling_params(
         request,
-        max_tokens=max_tokens_for(len(prompt.ids), request.wanted_tokens, state.max_model_len, "messages"),
+        max_tokens=max_tokens_for(len(prompt.ids), wanted, state.max_model_len, "messages"),
         vocab_size=state.processor.vocab_size,
         logprobs=request.num_logprobs,
         grammar=grammar,
     )
-    return _requests([(prompt, params)], request.n, origin, state)
+    return prompt, params
 
 
 async def translate_completion(
@@ -80,20 +95,30 @@ async def translate_completion(
 ) -> tuple[GenerationRequest, ...]:
     """One GenerationRequest a choice: the choices of the first prompt, then those of the next."""
     biases(request.logit_bias, state.processor.vocab_size)
-    grammar = await _compiled(grammar_of(request.response_format), "response_format", state)
     pairs = []
-    for prompt in request.prompts:
-        inputs = await text_prompt(prompt, state)
-        pairs.append((inputs, _completion_params(request, len(inputs.ids), grammar, state)))
+    for adapter in origin.adapters:
+        profile = profile_of(adapter, state)
+        completed = profile.complete(request)
+        grammar = await _compiled(grammar_of(completed.response_format), "response_format", state)
+        for prompt in request.prompts:
+            inputs = await text_prompt(prompt, state)
+            params = _completion_params(completed, profile, len(inputs.ids), grammar, state)
+            pairs.append((adapter, (inputs, params)))
     return _requests(pairs, request.n, origin, state, request.logprobs if request.echo else None)
 
 
 def _completion_params(
-    request: CompletionRequest, num_prompt_tokens: int, grammar: GrammarSpec | None, state: ServerState
+    request: CompletionRequest,
+    profile: Profile,
+    num_prompt_tokens: int,
+    grammar: GrammarSpec | None,
+    state: ServerState,
 ) -> SamplingParams:
     wanted = request.wanted_tokens
     if request.max_tokens is None:
-        wanted = max(1, min(DEFAULT_MAX_TOKENS, state.max_model_len - num_prompt_tokens))
+        room = state.max_model_len - num_prompt_tokens
+        usual = profile.answer_tokens(None, request.min_tokens, room)
+        wanted = max(1, min(DEFAULT_MAX_TOKENS, room)) if usual is None else usual
     return sampling_params(
         request,
         max_tokens=max_tokens_for(num_prompt_tokens, wanted, state.max_model_len, "prompt"),
@@ -114,13 +139,13 @@ async def _compiled(spec: GrammarSpec | None, param: str, state: ServerState) ->
 
 
 def _requests(
-    pairs: Sequence[tuple[PromptInputs, SamplingParams]],
+    pairs: Sequence[tuple[AdapterRef, Pair]],
     n: int,
     origin: Origin,
     state: ServerState,
     prompt_logprobs: int | None = None,
 ) -> tuple[GenerationRequest, ...]:
-    choices = itertools.product(origin.adapters, pairs, range(n))
+    choices = itertools.product(pairs, range(n))
     return tuple(
         GenerationRequest(
             request_id=f"{origin.response_id}-{index}",
@@ -132,5 +157,5 @@ def _requests(
             total_timeout_s=state.settings.request_timeout_s,
             prompt_logprobs=prompt_logprobs,
         )
-        for index, (adapter, (prompt, params), i) in enumerate(choices)
+        for index, ((adapter, (prompt, params)), i) in enumerate(choices)
     )

@@ -157,7 +157,7 @@ def remote() -> Iterator[Remote]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
+        do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = answer  # noqa: N815
 
         def log_message(self, format: str, *args: object) -> None:
             return
@@ -244,6 +244,36 @@ def test_aliases_are_set_listed_and_removed(remote: Remote) -> None:
     assert run("adapters", "alias", "remove", "ft:prod", "--url", remote.url).exit_code == 0
     remote.replies["GET /v1/aliases"] = ok({"data": []})
     assert "alias set" in run("adapters", "alias", "list", "--url", remote.url).stdout
+
+
+def test_profiles_are_shown_set_and_reset(remote: Remote, tmp_path: Path) -> None:
+    effective = {
+        "temperature": {"value": 0.2, "from": "adapter"},
+        "stop": {"value": ["END"], "from": "package"},
+        "max_tokens": {"value": None, "from": "default"},
+    }
+    record = {**ENTRY, "profile": {"temperature": 0.2}, "profile_from": {"temperature": "adapter"}}
+    remote.replies["GET /v1/adapters/json"] = ok({**record, "effective": effective})
+    remote.replies["PATCH /v1/adapters/json"] = ok(record)
+    shown = run("adapters", "profile", "show", "json", "--url", remote.url).stdout.splitlines()
+    assert [line.split() for line in shown[1:]] == [
+        ["temperature", "0.2", "adapter"],
+        ["stop", '["END"]', "package"],
+        ["max_tokens", "-", "default"],
+    ]
+    document = run("adapters", "profile", "show", "json", "--json", "--url", remote.url).stdout
+    assert json.loads(document) == effective
+    (tmp_path / "prompt.txt").write_text("Be brief.\n")
+    words = ["temperature=0.2", 'stop=["END"]', "stop=END", f"system_prompt=@{tmp_path / 'prompt.txt'}"]
+    for word, value in zip(words, (0.2, ["END"], "END", "Be brief.\n"), strict=True):
+        remote.asked.clear()
+        assert run("adapters", "profile", "set", "json", word, "--url", remote.url).exit_code == 0
+        assert remote.asked == [("PATCH /v1/adapters/json", {"profile": {word.partition("=")[0]: value}})]
+    for fields, profile in (((), None), (("stop", "top_p"), {"stop": None, "top_p": None})):
+        remote.asked.clear()
+        assert run("adapters", "profile", "reset", "json", *fields, "--url", remote.url).exit_code == 0
+        assert remote.asked == [("PATCH /v1/adapters/json", {"profile": profile})]
+    assert run("adapters", "profile", "set", "json", "temperature", "--url", remote.url).exit_code == 2
 
 
 def test_add_with_upload_sends_the_package_and_registers_it(remote: Remote, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import pointers
+from server.commands import pointers, profiles
 from server.commands.answers import ask, failed, report, write_json, write_table
 from server.commands.pointers import Name
 from server.commands.remote import DEFAULT_URL, AsJson, Key, Remote, RemoteError, Url, segment
@@ -29,6 +29,7 @@ app = typer.Typer(help="List, add, promote, remove, load and check adapters.", n
 app.command("versions", short_help="Every version of an adapter, and which is current.")(pointers.versions)
 app.command("promote", short_help="Make a version what the name means.")(pointers.promote)
 app.command("rollback", short_help="Make a name mean what it meant before.")(pointers.rollback)
+app.add_typer(profiles.profile_app, name="profile", short_help="Defaults of its requests: show, set, reset.")
 app.add_typer(pointers.alias_app, name="alias", short_help="Further names for versions: list, set, remove.")
 
 

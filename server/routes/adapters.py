@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server import admin, promotions
+from server import admin, profile_acts, promotions
 from server.actors import find
 from server.adapter_view import AdapterViewer
 from server.admin import Registration
 from server.errors import WireError, invalid_request, unsupported
+from server.profiles import effective
 from server.routes.reply import Fields, actor_of, json_reply
 from server.state import ServerState, state_of
 from server.strictjson import read_object
@@ -56,9 +57,9 @@ def read_registration(body: dict[str, object]) -> Registration:
         should_pin=fields.flag("pin", False),
         should_load=fields.flag("load", True),
         should_promote=fields.flag("promote", True),
+        profile=fields.optional_object("profile"),
     )
     fields.refuse("version", "versions are numbered by this server: leave `version` out")
-    fields.refuse("profile", "profiles are not supported yet: leave `profile` out")
     fields.end()
     if wanted.should_pin and not wanted.should_promote:
         raise invalid_request("a pin follows what the name means: pin it once it is promoted", "pin")
@@ -69,8 +70,11 @@ def read_registration(body: dict[str, object]) -> Registration:
 
 @router.get("/v1/adapters/{name:path}")
 async def show_adapter(request: Request, name: str) -> Response:
+    """One of them, with what its requests are served with where they say nothing."""
     state = state_of(request)
-    return _reply(state, find(state, actor_of(request), name))
+    entry = find(state, actor_of(request), name)
+    shown = effective(entry.layers.values, entry.layers.origins)
+    return json_reply({**_record(state, entry), "effective": shown})
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -82,8 +86,15 @@ async def delete_adapter(request: Request, name: str) -> Response:
 
 @router.patch("/v1/adapters/{name:path}")
 async def change_adapter(request: Request, name: str) -> Response:
-    find(state_of(request), actor_of(request), name)
-    raise unsupported("profiles are not supported yet, and nothing else of an adapter changes")
+    """Change what its requests are served with where they say nothing: the name's profile, or a version's."""
+    state, actor = state_of(request), actor_of(request)
+    body = await read_object(request)
+    if "profile" not in body:
+        raise invalid_request("`profile` is missing; nothing else of an adapter changes", "profile")
+    fields = Fields(body)
+    changes = fields.optional_object("profile")
+    fields.end()
+    return _reply(state, await profile_acts.change(state, actor, name, changes))
 
 
 @router.post("/v1/adapters/{name:path}/load")

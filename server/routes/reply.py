@@ -44,6 +44,12 @@ class Fields:
             raise invalid_request(f"`{name}` must be a text of 1 to {max_chars} characters", name)
         return value
 
+    def optional_object(self, name: str) -> dict[str, object] | None:
+        value = self._body.pop(name, None)
+        if value is not None and not isinstance(value, dict):
+            raise invalid_request(f"`{name}` must be a JSON object", name)
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._body.pop(name, None)
         if value is None:

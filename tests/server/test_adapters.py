@@ -38,6 +38,7 @@ FIELDS = {
     "created",
     "source",
     "profile",
+    "profile_from",
     "pinned",
     "current",
     "versions",
@@ -141,7 +142,7 @@ def test_what_the_engine_rejects_is_unregistered_again(client: httpx2.Client, su
         ({"name": "a", "source": "p", "pin": "yes"}, 400, "invalid_request", "pin"),
         ({"name": "a", "source": "p", "colour": 1}, 400, "invalid_request", "colour"),
         ({"name": "a", "source": "p", "version": 3}, 400, "unsupported", "version"),
-        ({"name": "a", "source": "p", "profile": {}}, 400, "unsupported", "profile"),
+        ({"name": "a", "source": "p", "profile": []}, 400, "invalid_request", "profile"),
         ({"name": "a", "source": "hf://org/repo@main"}, 400, "unsupported", "source"),
         ({"name": "a", "source": "s3://bucket/x"}, 400, "unsupported", "source"),
         ({"name": "a", "source": "/etc"}, 400, "invalid_request", "source"),
@@ -185,7 +186,9 @@ def test_listing_and_showing(client: httpx2.Client, surface: Surface) -> None:
     listing = client.get("/v1/adapters").json()
     assert listing["object"] == "list"
     assert [record["name"] for record in listing["data"]] == ["b", "org/a"]
-    assert client.get("/v1/adapters/org%2Fa").json() == listing["data"][1]
+    shown = client.get("/v1/adapters/org%2Fa").json()
+    assert shown.pop("effective")
+    assert shown == listing["data"][1]
     unknown = client.get("/v1/adapters/org/b")
     assert (unknown.status_code, code_of(unknown)) == (404, "model_not_found")
 
@@ -240,7 +243,7 @@ def test_acts_take_no_fields_and_unknown_acts_are_404(client: httpx2.Client, sur
     surface.register("a")
     assert client.post("/v1/adapters/a/load", json={"slot": 1}).status_code == 400
     assert client.post("/v1/adapters/a/dance").status_code == 404
-    assert code_of(client.patch("/v1/adapters/a", json={"profile": {}})) == "unsupported"
+    assert code_of(client.patch("/v1/adapters/a", json={"rank": 8})) == "invalid_request"
     for act in ("load", "unload", "pin", "unpin"):
         assert client.post(f"/v1/adapters/nobody/{act}").status_code == 404
         assert client.post(f"/v1/adapters/base/{act}").status_code == 400

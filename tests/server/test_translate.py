@@ -129,7 +129,9 @@ class TogetherMedia(FakeMedia):
         self.all_asked = asyncio.Event()
         self.num_cancelled = 0
 
-    async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
+    async def load(
+        self, url: str, detail: str = "auto", budget: object = None, usual: object = None
+    ) -> ImagePart:
         part = await super().load(url, detail, budget)
         if len(self.loads) == 4:
             self.all_asked.set()
@@ -151,7 +153,9 @@ def test_pictures_load_together_and_stay_in_order() -> None:
 
 def test_the_first_refused_picture_ends_the_others() -> None:
     class Media(TogetherMedia):
-        async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
+        async def load(
+            self, url: str, detail: str = "auto", budget: object = None, usual: object = None
+        ) -> ImagePart:
             if url.endswith("2"):
                 raise WireError(400, "invalid_image", "bad")
             return await super().load(url, detail, budget)

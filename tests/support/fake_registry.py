@@ -11,6 +11,7 @@ from PIL import Image
 from adapters.catalogue import AliasRecord
 from adapters.errors import AdapterNotFound
 from adapters.manifest import Kind
+from adapters.profile_layers import Layers
 from adapters.ref import BASE, AdapterRef
 from adapters.sites import Part
 from base.prompt import ImagePart
@@ -61,11 +62,25 @@ class FakePointers:
         return []
 
 
+class FakeConduct:
+    """No alias is split; profiles are what a test puts in ``layers``, by name."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Layers] = {}
+
+    def profile(self, ref: AdapterRef) -> Layers:
+        return self.layers.get(ref.name, Layers())
+
+    def side(self, alias: str, key: str) -> None:
+        return None
+
+
 class FakeRegistry:
     """Names to refs, with leases counted; holds no packages."""
 
     def __init__(self, *names: str) -> None:
         self.pointers = FakePointers()
+        self.conduct = FakeConduct()
         self.versions: dict[str, list[AdapterRef]] = {name: [ref(name)] for name in names}
         self.leases: list[AdapterRef] = []
         self.reports: dict[str, FakeReport] = {}
@@ -111,8 +126,15 @@ class FakeMedia:
     def budget(self) -> None:
         return None
 
-    async def load(self, url: str, detail: str = "auto", budget: object = None) -> ImagePart:
+    async def load(
+        self,
+        url: str,
+        detail: str = "auto",
+        budget: object = None,
+        usual: tuple[int | None, int | None] = (None, None),
+    ) -> ImagePart:
         self.loads.append((url, detail))
+        self.usual = usual
         if self.failure is not None:
             raise self.failure
         return ImagePart(Image.new("RGB", (28, 28), "red"))

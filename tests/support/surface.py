@@ -23,6 +23,7 @@ from server.auth import Gate
 from server.keys import KeyRing
 from server.media import MediaLoader
 from server.metrics import Metrics
+from server.profiles import package_defaults
 from server.settings import Settings
 from server.state import ServerState, unready_reasons
 from server.uploads import Uploads
@@ -88,7 +89,7 @@ def make_surface(
 def _open_registry(folder: Path) -> Registry:
     from tests.support.packages import tiny_sites
 
-    return Registry(folder, tiny_sites(), Limits(), [BASE_NAME])
+    return Registry(folder, tiny_sites(), Limits(), [BASE_NAME], read_defaults=package_defaults)
 
 
 @contextmanager
