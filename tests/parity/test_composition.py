@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -48,10 +49,13 @@ ASKS = (
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    root = tmp_path_factory.mktemp("composition")
-    packages = make_zoo(CHECKPOINT, root / "zoo", {*ADAPTERS, "dora"})
-    rig = Rig(str(CHECKPOINT), root / "state")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_zoo(CHECKPOINT, tmp_path_factory.mktemp("zoo"), {*ADAPTERS, "dora"})
+
+
+@pytest.fixture(scope="module")
+def pair(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    rig = Rig(str(CHECKPOINT), tmp_path_factory.mktemp("state"))
     rig.register(packages)
     oracle = Oracle(CHECKPOINT, adapters={name: packages[name] for name in sorted(ADAPTERS)})
     for name, weights in COMPOSITIONS.items():
@@ -178,11 +182,10 @@ def test_a_composition_takes_one_slot_and_goes_as_any_adapter(pair: Pair) -> Non
 
 
 def test_parts_that_are_promoted_over_or_removed_serve_the_composition_to_its_end(
-    pair: Pair, tmp_path_factory: pytest.TempPathFactory
+    pair: Pair, packages: dict[str, Path]
 ) -> None:
     """As the server has it: the versions are resolved, their leases taken, and only then the weights are read."""
     rig = pair.rig
-    packages = make_zoo(CHECKPOINT, tmp_path_factory.mktemp("later"), {"rank4", "rslora"})
     rig.registry.register("mortal", packages["rank4"])
     rig.compose("mortal_parts", {"mortal": 0.7, "rank64": -0.4})
     ask = Ask(ASKS[0].text, "mortal_parts")

@@ -41,6 +41,7 @@ CHAT = "/v1/chat/completions"
 class Live:
     url: str
     rig: Rig
+    packages: dict[str, Path]
 
     def post(self, path: str, body: object) -> httpx2.Response:
         return httpx2.post(self.url + path, json=body, timeout=60)
@@ -79,7 +80,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     packages = make_zoo(CHECKPOINT, folder / "zoo", {"rank4", "rslora", "vision", "dora"})
     with live_server(CHECKPOINT, folder) as (url, rig):
         rig.register(packages)
-        yield Live(url, rig)
+        yield Live(url, rig, packages)
 
 
 def part(name: str, weight: float) -> dict[str, object]:
@@ -140,9 +141,8 @@ def test_unloading_a_part_frees_the_compositions_that_hold_it(live: Live, path: 
     assert {"rslora@1*0.3", "rslora@1"} <= live.loaded()
 
 
-def test_removing_a_part_frees_the_compositions_that_hold_it(live: Live, tmp_path: Path) -> None:
-    package = make_zoo(CHECKPOINT, tmp_path, {"rank4"})["rank4"]
-    live.rig.registry.register("brief", package)
+def test_removing_a_part_frees_the_compositions_that_hold_it(live: Live) -> None:
+    live.rig.registry.register("brief", live.packages["rank4"])
     live.text(adapter=[part("brief", 0.5), part("rslora", 0.5)])
     assert httpx2.delete(f"{live.url}/v1/adapters/brief").status_code == 200
     assert live.post(CHAT, asked(None, adapter=[part("brief", 0.5)])).status_code == 404
