@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ from base.model import BaseModel
 from base.prompt import PromptInputs
 from engine.offline import OfflineEngine
 from training.deploy import Deployed, DeployError
+from training.loading import load_training_base
 from training.observer import TrainOutcome
 from training.outcome import Broken, Exit, Refused, RunResult
 from training.progress import SilentProgress
 from training.ranks import Ranks
+from training.recipe import Recipe
 from training.recipe_sources import resolve_recipe
 from training.run import DeployTo, RunRequest, Surroundings, run
 from training.samples.rows import ALL, write_rows
@@ -60,6 +63,16 @@ class Scribe:
         pass
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bases() -> Iterator[None]:
+    """Loaded once: a run leaves them as they were, which other tests hold to the bit."""
+    training_base, serving_base = cache(lambda: load_training_base(Recipe())), cache(load_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.bases.load_training_base", lambda recipe: training_base())
+        patch.setattr("training.bases.load_base", serving_base)
+        yield
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
@@ -80,7 +93,9 @@ def go(asked: RunRequest) -> RunResult:
 def ran(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRequest, RunResult]:
     """One run through every phase but deploy, judged by the engine that serves."""
     asked = request(rows, tmp_path_factory.mktemp("runs") / "tickets")
-    return asked, run(asked, Surroundings(OfflineEngine, SilentProgress(), Ranks()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.evaluation.judge.general_prompts", lambda base_name: ("Who are you?",))
+        return asked, run(asked, Surroundings(OfflineEngine, SilentProgress(), Ranks()))
 
 
 # ---- a run that ends well
@@ -290,12 +305,12 @@ def test_an_adapter_without_rows_to_judge_on_is_packed_unjudged(rows: Path, tmp_
     assert profile.gate is None
 
 
-def test_a_generator_that_refuses_the_adapter_breaks_the_run_off(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_breaks_a_run_off_that_can_go_on(
+    ran: tuple[RunRequest, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.run.write_run_package", _full)
     with pytest.raises(Broken, match="No space left"):
-        go(request(rows, tmp_path / "a", max_steps="1", eval="none", eval_split="0", metrics="none"))
+        go(replace(ran[0], is_resumed=True))
 
 
 def _full(*_: object) -> object:
