@@ -1,6 +1,7 @@
 """Rates over a stage: how a learning rate rises to its peak and falls again.
 
-Owns: the shapes, by transformers' names and equal to transformers' own. Does not know: stages, parts, optimizers.
+Owns: the shapes, by transformers' names and equal to transformers' own but for the rise: theirs begins at 0, so that a
+run's first step learns nothing, and a run of one step nothing at all. Does not know: stages, parts, optimizers.
 Place in a training run: under `stages.py`, asked for each step.
 """
 
@@ -30,7 +31,7 @@ class Shape:
         if self.kind == "constant":
             return 1.0
         if step < self.warmup:
-            return step / max(1, self.warmup)
+            return (step + 1) / (self.warmup + 1)
         return self._after(step, peak)
 
     def _after(self, step: int, peak: float) -> float:

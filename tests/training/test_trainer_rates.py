@@ -15,14 +15,23 @@ from training.stages import plan_stages
 @pytest.mark.parametrize(
     "kind", ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 )
-def test_a_schedule_is_transformers_own(kind: str) -> None:
+def test_a_schedule_is_transformers_own_after_its_rise(kind: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     theirs = get_scheduler(kind, optimizer, num_warmup_steps=4, num_training_steps=20)
     ours = Shape(kind, 20, 4)  # type: ignore[arg-type]
     for step in range(20):
-        assert 3e-4 * ours.share(step, 3e-4) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        is_rising = kind != "constant" and step < 4
+        expected = 3e-4 * (step + 1) / 5 if is_rising else theirs.get_last_lr()[0]
+        assert 3e-4 * ours.share(step, 3e-4) == pytest.approx(expected, rel=1e-9, abs=1e-15)
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+@pytest.mark.parametrize(("num_steps", "warmup"), [(1, 1), (1, 0), (2, 1), (3, 3)])
+def test_no_step_of_a_run_is_without_a_rate(kind: str, num_steps: int, warmup: int) -> None:
+    shape = Shape(kind, num_steps, warmup)  # type: ignore[arg-type]
+    assert all(shape.share(step, 3e-4) > 0 for step in range(num_steps))
 
 
 def test_groups_show_parts_and_roles_with_their_rates_and_decay() -> None:
