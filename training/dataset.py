@@ -76,7 +76,8 @@ def check_data(
 ) -> CheckedData:
     """Read and check every row; ``on_row`` is called after each (for a progress bar).
 
-    Raises DataRejected with the report: for any fault when ``on_bad`` is error, always when no row is left to train on.
+    Raises DataRejected with the report: for any fault when ``on_bad`` is error, always when no row is left to train on,
+    or none in the files of ``eval``.
     """
     check = RowCheck(processor, rules.max_length)
     root = (rules.root, processor.images.max_pixels, rules.max_image_pixels)
@@ -101,7 +102,16 @@ def _settle(report: DataReport, rules: DataRules) -> None:
     if report.faults and rules.on_bad == "error":
         raise DataRejected(report, f"{report.num_bad_rows} rows cannot be trained on (on_bad is error)")
     if not report.train.num_kept:
-        raise DataRejected(report, "no row is left to train on")
+        raise DataRejected(report, _missing("train on", report.train))
+    if report.eval is not None and not report.eval.num_kept:
+        raise DataRejected(report, _missing("be judged on", report.eval))
+
+
+def _missing(purpose: str, split: SplitReport) -> str:
+    """A file that was named and holds nothing is a mistake: without it a run would go on unjudged, say."""
+    if split.num_rows:
+        return f"no row is left to {purpose}: none of the {split.num_rows} is without fault"
+    return f"there is no row to {purpose}: the files named for it are empty"
 
 
 class _Split:
@@ -166,7 +176,7 @@ class _Split:
         other = self._held_out.get(row.question_digest()) if self._held_out else None
         if other is not None:
             yield Complaint(
-                FaultKind.LEAK, "", shown(Found(f"asks what {other} of the evaluation asks")),
+                FaultKind.LEAK, "", shown(Found(f"the question of {other} in the evaluation")),
                 "training rows that the evaluation does not hold", "remove it from one of them",
             )  # fmt: skip
 

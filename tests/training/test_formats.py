@@ -453,3 +453,23 @@ def test_a_data_url_and_a_file_of_the_same_bytes_are_the_same_picture(tmp_path: 
     root = PictureRoot(tmp_path)
     assert root.refer(data_url(png()), "x").digest() == root.refer("a.png", "x").digest()
     assert json.dumps(data_url(png())) not in repr(root.refer(data_url(png()), "x"))
+
+
+def test_another_encoding_or_separator_is_named_once(tmp_path: Path) -> None:
+    text = '{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / "rows.jsonl").write_bytes((text * 9).encode("utf-16"))
+    (fault,) = DataFile(tmp_path / "rows.jsonl")
+    assert isinstance(fault, Fault) and fault.kind == FaultKind.BAD_FILE
+    (tmp_path / "rows.csv").write_text("prompt;completion\na;b\n", encoding="utf-8")
+    (fault,) = DataFile(tmp_path / "rows.csv")
+    assert isinstance(fault, Fault) and "not by semicolons" in str(fault)
+
+
+def test_a_format_that_was_named_is_not_said_to_be_of_the_rows_before(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    (fault,) = DataFile(tmp_path / "rows.jsonl", kind=Format.ALPACA)
+    assert isinstance(fault, Fault)
+    assert (fault.expected, fault.fix) == (
+        "alpaca, as was asked for",
+        "name the format prompt_completion, or none",
+    )

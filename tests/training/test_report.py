@@ -215,6 +215,15 @@ def test_nothing_left_is_an_error_even_when_bad_rows_are_skipped(
         check_data([tmp_path / "none.jsonl"], processor, SKIP)
 
 
+def test_an_empty_file_of_the_evaluation_is_no_evaluation(tmp_path: Path, processor: Processor) -> None:
+    good, nothing = write(tmp_path, GOOD), tmp_path / "empty.jsonl"
+    nothing.write_text("\n", encoding="utf-8")
+    with pytest.raises(DataRejected, match="no row to be judged on: the files named for it are empty"):
+        check_data([good], processor, SKIP, eval=[nothing])
+    with pytest.raises(DataRejected, match="no row to train on: the files named for it are empty"):
+        check_data([nothing], processor, SKIP, eval=[good])
+
+
 def digest(processor: Processor, folder: Path, *rows: object, name: str = "rows.jsonl") -> str:
     return check_data([write(folder, *rows, name=name)], processor, SKIP).report.train.digest
 

@@ -33,6 +33,7 @@ class DataFile:
         """``root`` is the file's own folder if not given; ``kind`` is found if not given."""
         self.path = path
         self.kind = kind
+        self._is_named = kind is not None
         self.unused: Counter[str] = Counter()
         """Columns that nothing was learnt from, with the number of rows that have them."""
         self._root = root or PictureRoot(path.parent)
@@ -64,8 +65,10 @@ class DataFile:
             return self.kind
         if found:
             raise RowRejected(
-                FaultKind.MIXED_FORMAT, "", Found(f"a row of {found[0]}"), f"{self.kind}, as the rows before",
-                "keep one format in a file: split it, or give every row the same fields",
+                FaultKind.MIXED_FORMAT, "", Found(f"a row of {found[0]}"),
+                f"{self.kind}, as was asked for" if self._is_named else f"{self.kind}, as the rows before",
+                f"name the format {found[0]}, or none" if self._is_named
+                else "keep one format in a file: split it, or give every row the same fields",
             )  # fmt: skip
         missing = sorted(REQUIRED[self.kind] - row.fields.keys())
         raise RowRejected(
@@ -84,8 +87,15 @@ def _only(found: list[Format], row: Row) -> Format:
     raise RowRejected(
         FaultKind.UNKNOWN_FORMAT, "", list(row.fields),
         f"the fields of one format ({expected})" if not found else f"one format, not {' and '.join(found)}",
-        "rename columns, or name the format" if not found else "name the format",
+        _fix(row) if not found else "name the format",
     )  # fmt: skip
+
+
+def _fix(row: Row) -> str:
+    for name in row.fields:
+        if ";" in name or "\t" in name:
+            return f"separate columns by commas, not by {'semicolons' if ';' in name else 'tabs'}"
+    return "rename columns, or name the format"
 
 
 def _tool(fields: Fields, index: int, value: object) -> Mapping[str, object]:

@@ -120,6 +120,8 @@ def _read_jsonl(path: Path) -> Iterator[Row | Fault]:
                 yield _bad_file(
                     path, number, Found("bytes that are no UTF-8"), "UTF-8 text", "save the file as UTF-8"
                 )
+                if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    return  # UTF-16: no line of it can be read
             except (ValueError, RecursionError) as error:
                 yield _bad_json(Origin(path.name, number), text, error)
 
