@@ -469,7 +469,4 @@ def test_a_format_that_was_named_is_not_said_to_be_of_the_rows_before(tmp_path: 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     (fault,) = DataFile(tmp_path / "rows.jsonl", kind=Format.ALPACA)
     assert isinstance(fault, Fault)
-    assert (fault.expected, fault.fix) == (
-        "alpaca, as was asked for",
-        "name the format prompt_completion, or none",
-    )
+    assert "alpaca, as was asked for; fix: name the format prompt_completion, or none" in str(fault)
