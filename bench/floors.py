@@ -1,7 +1,7 @@
 """The floors: bytes and operations that a decode step cannot go without, and what LoRA may therefore cost. Pure.
 
 Formulas are those of docs/benchmarks.md, so that anybody can recompute them. A step reads every weight once, whatever
-Formulas are those of docs/benchmarks.md, so that anybody can recompute them. A step reads every weight once, whatever
+its rows; each distinct adapter's weights once; each row's keys and values. It computes two operations a weight and row.
 """
 
 from __future__ import annotations
