@@ -46,8 +46,8 @@ def copy_package(folder: Path, target: Path, max_bytes: int | None, within: Path
     sources = _open_sources(folder, within)
     try:
         sizes = {name: os.fstat(source.fileno()).st_size for name, source in sources.items()}
-        _check_size(sum(sizes.values()), max_bytes)
-        _check_space(sum(sizes.values()), target)
+        check_size(sum(sizes.values()), max_bytes)
+        check_space(sum(sizes.values()), target)
         for name, source in sources.items():
             _copy_file(source, target / name, sizes[name])
     finally:
@@ -85,14 +85,16 @@ def _close(sources: dict[str, BufferedReader]) -> None:
         source.close()
 
 
-def _check_size(num_bytes: int, max_bytes: int | None) -> None:
+def check_size(num_bytes: int, max_bytes: int | None) -> None:
+    """Raises AdapterRejected (too_large)."""
     if max_bytes is not None and num_bytes > max_bytes:
         raise AdapterRejected(
             RejectReason.TOO_LARGE, f"the package has {num_bytes} bytes; this server allows {max_bytes}"
         )
 
 
-def _check_space(num_bytes: int, target: Path) -> None:
+def check_space(num_bytes: int, target: Path) -> None:
+    """Raises InsufficientStorage if the disk of the folder ``target`` cannot take as many bytes."""
     free = shutil.disk_usage(target).free
     if num_bytes > free:
         raise InsufficientStorage(

@@ -8,7 +8,10 @@ AdapterError
 ├── NothingToRollBack      the name or alias has meant nothing else before
 ├── AdapterBusy            it is in use and the caller did not want to wait
 ├── AdapterRejected        a package was read and refused (carries a reason of ``RejectReason`` and details)
-├── SourceRejected         the source may not be read: outside the allowed roots, scheme off, bad URL
+├── SourceRejected         the source may not be read: outside the allowed roots, bad URL, nothing there
+│   ├── SourceOff          this server takes no packages from such places
+│   └── DriverMissing      the package that reads such places is not installed
+├── FetchFailed            an allowed source did not give its package: network, time, bytes cut off
 ├── InsufficientMemory     it cannot fit the device or host budget
 └── InsufficientStorage    the disk is full
 """
@@ -102,6 +105,18 @@ class AdapterRejected(AdapterError):
 
 
 class SourceRejected(AdapterError):
+    pass
+
+
+class SourceOff(SourceRejected):
+    pass
+
+
+class DriverMissing(SourceRejected):
+    pass
+
+
+class FetchFailed(AdapterError):
     pass
 
 

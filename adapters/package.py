@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Collection
 from io import BufferedReader
 from pathlib import Path
 
@@ -64,7 +65,12 @@ def _check_opened(file: BufferedReader, path: Path, name: str, within: Path) -> 
 
 def missing_file(folder: Path, name: str) -> AdapterRejected:
     """The refusal of a folder that lacks ``name``, which says what is there instead."""
-    names = sorted(entry.name for entry in os.scandir(folder))
+    return missing_among([entry.name for entry in os.scandir(folder)], name)
+
+
+def missing_among(found: Collection[str], name: str) -> AdapterRejected:
+    """As ``missing_file``, where the names are known and the folder may be anywhere."""
+    names = sorted(found)
     pickles = [found for found in names if found.lower().endswith(_PICKLE_SUFFIXES)]
     if name == WEIGHTS_NAME and pickles:
         return AdapterRejected(

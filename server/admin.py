@@ -105,6 +105,11 @@ def _stage(state: ServerState, wanted: Registration, upload: Upload | None) -> S
         return state.registry.stage(
             wanted.name, upload.folder, source="upload", expected_sha256=wanted.sha256
         )
+    if state.remotes.takes(wanted.source):
+        with state.remotes.fetched(wanted.source) as fetched:
+            return state.registry.stage(
+                wanted.name, fetched.folder, source=fetched.source, expected_sha256=wanted.sha256
+            )
     folder = state.source.resolve(wanted.source)
     root = state.source.root_of(folder)
     return state.registry.stage(
@@ -127,11 +132,18 @@ def find_upload(state: ServerState, actor: Actor, source: str) -> Upload | None:
 
 
 async def digest_of(state: ServerState, actor: Actor, source: str) -> str:
-    """Digest of a package that lies in a root or an upload, without registering it."""
+    """Digest of a package without registering it; one on another machine is fetched for it."""
     upload = find_upload(state, actor, source)
     if upload is not None:
         return await asyncio.to_thread(package_digest, upload.folder)
-    return await asyncio.to_thread(lambda: package_digest(state.source.resolve(source)))
+    return await asyncio.to_thread(_digest_of, state, source)
+
+
+def _digest_of(state: ServerState, source: str) -> str:
+    if state.remotes.takes(source):
+        with state.remotes.fetched(source) as fetched:
+            return package_digest(fetched.folder)
+    return package_digest(state.source.resolve(source))
 
 
 async def load(state: ServerState, actor: Actor, name: str) -> AdapterEntry:

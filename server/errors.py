@@ -27,10 +27,13 @@ from adapters.errors import (
     AdapterNotFound,
     AdapterNotLoaded,
     AdapterRejected,
+    DriverMissing,
+    FetchFailed,
     InsufficientMemory,
     InsufficientStorage,
     InvalidAdapterName,
     NothingToRollBack,
+    SourceOff,
     SourceRejected,
 )
 from base.errors import BaseError, InvalidImage, PromptError
@@ -157,8 +160,12 @@ def _from_adapters(exc: Exception) -> WireError | None:
             return WireError(
                 422, "adapter_rejected", text, extra={"reason": str(exc.reason), "details": details}
             )
+        case SourceOff() | DriverMissing():
+            return WireError(400, "unsupported", text, param="source")
         case SourceRejected():
             return WireError(400, "invalid_request", text, param="source")
+        case FetchFailed():
+            return WireError(424, "source_fetch_failed", text, param="source")
         case InsufficientMemory():
             return WireError(503, "insufficient_memory", text, headers=retry_after(RETRY_SOON_S))
         case InsufficientStorage():

@@ -1,4 +1,4 @@
-"""Which folders the server uses: its state, and the roots that packages may come from."""
+"""Where the server keeps its state, and where packages may come from: roots on this machine, places on others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import tempfile
 from pathlib import Path
 
 import adapters
+from adapters.errors import DriverMissing
+from adapters.sources.hub import HubSource
+from adapters.sources.landing import Landing
+from adapters.sources.object_store import ObjectAddress, ObjectStoreSource
+from adapters.sources.remote import RemoteSources
 from server.settings import Settings
 from server.sources import data_home
 
@@ -28,6 +33,31 @@ def adapter_roots(settings: Settings) -> tuple[Path, ...]:
     if settings.adapter_root:
         return settings.adapter_root
     return (SAMPLES,) if settings.base == "pocket" else ()
+
+
+def remote_sources(settings: Settings, state_dir: Path) -> RemoteSources:
+    """What is allowed of hub and object stores. Raises PlaceError where a driver is missing."""
+    max_bytes = int(settings.max_adapter_size)
+    prefixes = [ObjectAddress.parse(prefix) for prefix in settings.object_prefixes]
+    try:
+        stores = ObjectStoreSource(prefixes, max_bytes) if prefixes else None
+    except DriverMissing as error:
+        raise PlaceError(f"object_prefixes: {error}") from error
+    landing = Landing(state_dir / "fetches")
+    landing.clear_orphans()
+    return RemoteSources(landing, settings.fetch_timeout_s, _hub(settings, max_bytes), stores)
+
+
+def _hub(settings: Settings, max_bytes: int) -> HubSource | None:
+    if not settings.hub_organisations:
+        return None
+    return HubSource(
+        frozenset(settings.hub_organisations),
+        max_bytes,
+        token=settings.hub_token.get_secret_value() if settings.hub_token else None,
+        endpoint=settings.hub_endpoint,
+        is_offline=settings.local_files_only,
+    )
 
 
 def open_state_dir(settings: Settings) -> tuple[Path, bool]:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from server.keys import KeyFileError, KeyRing, read_keys
 from server.logs import configure_logging
-from server.places import PlaceError, adapter_roots, open_state_dir
+from server.places import PlaceError, adapter_roots, open_state_dir, remote_sources
 
 if TYPE_CHECKING:
+    from adapters.sources.remote import RemoteSources
     from base.model import BaseModel
     from server.roots import RootsReport
     from server.settings import Settings
@@ -127,7 +128,7 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 @contextmanager
 def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     """Everything that is behind the routes, and the start page; closed again at the end."""
-    ring, roots, (state_dir, does_last) = _check_places(settings)
+    ring, roots, (state_dir, does_last), remotes = _check_places(settings)
     base = _load(settings)
     from adapters.errors import AdapterError
     from adapters.registry import Registry
@@ -177,6 +178,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         metrics=metrics,
         gate=Gate(ring, is_loopback=settings.is_loopback),
         uploads=uploads,
+        remotes=remotes,
         max_model_len=engine.max_model_len,
     )
     metrics.watch(config.num_slots, config.block_size, engine.status, lambda: not unready_reasons(state))
@@ -189,11 +191,14 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         registry.close()
 
 
-def _check_places(settings: Settings) -> tuple[KeyRing, tuple[Path, ...], tuple[Path, bool]]:
+def _check_places(
+    settings: Settings,
+) -> tuple[KeyRing, tuple[Path, ...], tuple[Path, bool], RemoteSources]:
     """What can be wrong with the operator's files, found before the base is loaded."""
     try:
         ring = read_keys(settings.api_key, settings.api_keys_file)
-        return ring, adapter_roots(settings), open_state_dir(settings)
+        roots, state_dir = adapter_roots(settings), open_state_dir(settings)
+        return ring, roots, state_dir, remote_sources(settings, state_dir[0])
     except (KeyFileError, PlaceError) as error:
         raise StartError(str(error)) from error
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from server.keys import hash_key
+from server.prefixes import require_prefixes
 
 if TYPE_CHECKING:
     from base.config import BaseConfig
@@ -35,6 +36,8 @@ def _hash(value: object) -> object:
 
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Prefixes = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(require_prefixes)]
 HashedKey = Annotated[str, BeforeValidator(_hash)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -82,6 +85,16 @@ class Settings(BaseSettings):
     host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")
     load_on_demand: bool = _set(True, "yes or no", "Whether a request may bring its adapter to the device.")
     unload_timeout_s: Seconds = _set(30.0, "seconds", "An unload waits so long for the adapter's requests to end.")
+
+    # ---- packages from other machines
+    hub_organisations: Names = _set((), "names, comma between", "Whose hf:// packages may be registered; none switches "
+                                    "the hub off as a source.")
+    hub_token: SecretStr | None = _set(
+        None, "secret", "Reads private and gated packages. No login of this machine is used.")
+    hub_endpoint: str | None = _set(None, "URL", "A mirror of the hub; none is what HF_ENDPOINT says, or the hub.")
+    object_prefixes: Prefixes = _set((), "URLs, comma between", "Below which packages may be registered: "
+                                     "s3://bucket/folder, gs://..., az://...; none switches object stores off.")
+    fetch_timeout_s: Seconds = _set(300.0, "seconds", "A package that has not come by then is given up.")
 
     # ---- the engine's budgets
     kv_memory: ByteSize = _set(256 * MIB, "bytes", "Keys and values of all sequences; it bounds how many run.")
@@ -182,7 +195,7 @@ class Settings(BaseSettings):
 
     def _shown(self, name: str) -> str:
         value: object = getattr(self, name)
-        if name == "api_key":
+        if name in ("api_key", "hub_token"):
             return "set" if value else "none"
         if isinstance(value, ByteSize):
             return value.human_readable(separator=" ")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import HTTPConnection
 
+from adapters.sources.remote import RemoteSources
 from engine.messages import LoadReport, UnloadReport
 from engine.request import GenerationRequest
 from engine.status import EngineStatus
@@ -127,6 +128,7 @@ class ServerState:
     uploads: Uploads
     max_model_len: int
     """Longest prompt plus output in tokens, as the engine decided."""
+    remotes: RemoteSources = field(default_factory=RemoteSources.off)
     memory_by_part: dict[str, int] = field(default_factory=dict)
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)

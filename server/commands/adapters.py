@@ -58,8 +58,9 @@ def add(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="FOLDER",
-            help="Folder on the server's machine, under one of its --adapter-root; or here, with --upload.",
+            metavar="SOURCE",
+            help="Folder on the server's machine, under one of its --adapter-root; or here, with --upload. Or "
+            "hf://org/name@revision, s3://bucket/folder, gs://..., az://..., where the server allows it.",
         ),
     ],
     sha256: Annotated[

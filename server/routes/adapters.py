@@ -11,7 +11,7 @@ from server import admin, profile_acts, promotions
 from server.actors import find
 from server.adapter_view import AdapterViewer
 from server.admin import Registration
-from server.errors import WireError, invalid_request, unsupported
+from server.errors import WireError, invalid_request
 from server.profiles import effective
 from server.routes.reply import Fields, actor_of, json_reply
 from server.state import ServerState, state_of
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["adapters"])
 
-SCHEMES_OFF = (
-    "only folders under this server's --adapter-root are supported; hub and object-store sources are not yet"
-)
 ACTS = "load, unload, pin, unpin, promote or rollback"
 
 
@@ -63,8 +60,6 @@ def read_registration(body: dict[str, object]) -> Registration:
     fields.end()
     if wanted.should_pin and not wanted.should_promote:
         raise invalid_request("a pin follows what the name means: pin it once it is promoted", "pin")
-    if "://" in wanted.source and not wanted.source.startswith("file://"):
-        raise unsupported(SCHEMES_OFF, "source")
     return wanted
 
 
