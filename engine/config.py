@@ -35,4 +35,5 @@ class EngineConfig:
     load_on_demand: bool = True
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0
-    """A sequence that waited this long for a slot stops the least used adapter's new sequences until it gets one."""
+    """A sequence that waited this long goes before those of adapters that have more running, and where it waits for a
+    slot, it stops the least used adapter's new sequences until it gets one."""

@@ -19,6 +19,7 @@ from adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import AdapterUnavailable, DeadlineExceeded, Draining, EngineDown, EngineError, StepFailed
 from engine.executor import Executor, Outcome, PhaseClock
+from engine.fairness import foreground
 from engine.lifecycle import Lifecycle
 from engine.messages import Abort, Failed, Inbound, LoadAdapter, Outbound, Stop, Submit, UnloadAdapter, Wake
 from engine.observer import AdapterLookup, ImageLookup, Observer, StepDone
@@ -121,7 +122,7 @@ class Engine:
         self._sequences[sequence.request_id] = sequence
         self._scheduler.add(sequence)
         is_on_device = self._lifecycle.is_on_device(sequence)
-        if not sequence.adapter.is_base:
+        if not sequence.adapter.is_base and not sequence.request.is_background:
             self._observer.record(AdapterLookup(sequence.adapter, is_on_device))
         absent = self._lifecycle.absent_versions(sequence)
         if absent and not self._config.load_on_demand:
@@ -154,7 +155,6 @@ class Engine:
             self._observer.record(ImageLookup(was_cached))
 
     def _commit(self, outcomes: Seq[Outcome]) -> None:
-        """Write what the step computed into its sequences."""
         now = time.monotonic()
         for outcome in outcomes:
             sequence = outcome.chunk.sequence
@@ -240,9 +240,11 @@ class Engine:
 
     def _picture(self) -> Picture:
         return Picture(
-            running=Counter(s.adapter.name for s in self._scheduler.running),
-            waiting=Counter(s.adapter.name for s in self._scheduler.waiting),
-            waiting_for_adapter=sum(s.slot_wait_since_s is not None for s in self._scheduler.waiting),
+            running=Counter(s.adapter.name for s in foreground(self._scheduler.running)),
+            waiting=Counter(s.adapter.name for s in foreground(self._scheduler.waiting)),
+            waiting_for_adapter=sum(
+                s.slot_wait_since_s is not None for s in foreground(self._scheduler.waiting)
+            ),
             kv_blocks_used=self._scheduler.num_blocks_used,
             swaps=self._swaps.picture(),
             num_steps=self.num_steps,

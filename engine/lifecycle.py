@@ -14,7 +14,15 @@ from engine.errors import EngineError
 from engine.executor import Outcome
 from engine.grammar import GrammarCompiler
 from engine.messages import Failed, Finished, FinishReason, Outbound, Started, Timings, Tokens, Usage
-from engine.observer import EndReason, FirstToken, NextToken, Observer, SequenceEnded, SequenceStarted
+from engine.observer import (
+    EndReason,
+    Event,
+    FirstToken,
+    NextToken,
+    Observer,
+    SequenceEnded,
+    SequenceStarted,
+)
 from engine.request import GenerationRequest
 from engine.sampler import SamplerState
 from engine.sequence import Sequence
@@ -64,7 +72,7 @@ class Lifecycle:
         """First scheduled: it has left the queue."""
         sequence.started_s = now
         queue_s = now - sequence.request.arrival_s
-        self._observer.record(SequenceStarted(sequence.adapter, queue_s, sequence.swap_s))
+        self._tell(sequence, SequenceStarted(sequence.adapter, queue_s, sequence.swap_s))
         self.outbox.append(Started(sequence.request_id, swap_s=sequence.swap_s))
 
     def expired(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
@@ -120,9 +128,9 @@ class Lifecycle:
         if sequence.first_token_s is None:
             sequence.first_token_s = now
             since_s = now - sequence.request.arrival_s
-            self._observer.record(FirstToken(sequence.adapter, since_s, sequence.num_prompt_tokens))
+            self._tell(sequence, FirstToken(sequence.adapter, since_s, sequence.num_prompt_tokens))
         elif sequence.last_token_s is not None:
-            self._observer.record(NextToken(sequence.adapter, now - sequence.last_token_s))
+            self._tell(sequence, NextToken(sequence.adapter, now - sequence.last_token_s))
         sequence.last_token_s = now
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -157,7 +165,12 @@ class Lifecycle:
     def _note_end(self, sequence: Sequence, reason: EndReason, error: str = "") -> None:
         seconds = time.monotonic() - sequence.request.arrival_s
         num_tokens = len(sequence.output_ids)
-        self._observer.record(SequenceEnded(sequence.adapter, reason, seconds, num_tokens, error))
+        self._tell(sequence, SequenceEnded(sequence.adapter, reason, seconds, num_tokens, error))
+
+    def _tell(self, sequence: Sequence, event: Event) -> None:
+        """What clients see is measured; background sequences nobody sees."""
+        if not sequence.request.is_background:
+            self._observer.record(event)
 
 
 def _usage(sequence: Sequence) -> Usage:
@@ -169,4 +182,4 @@ def _timings(sequence: Sequence, now: float) -> Timings:
     started_s = sequence.started_s if sequence.started_s is not None else now
     first_s = sequence.first_token_s if sequence.first_token_s is not None else now
     queue_s = started_s - sequence.request.arrival_s
-    return Timings(queue_s, sequence.swap_s, first_s - started_s, now - first_s)
+    return Timings(queue_s, sequence.swap_s, first_s - started_s, now - first_s, sequence.num_preemptions)

@@ -104,6 +104,8 @@ class Timings:
     swap_s: float
     prefill_s: float
     decode_s: float
+    num_preemptions: int = 0
+    """How often it gave its place back and began again; the seconds hold that too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ class GenerationRequest:
     total_timeout_s: float | None = None
     prompt_logprobs: int | None = None
     """With completions' ``echo`` and ``logprobs``: alternatives to report for each prompt token."""
+    is_background: bool = False
+    """Runs only while no other sequence runs or waits, brings no adapter to the device, and counts in no metric."""
     on_logits: Callable[[Tensor], None] | None = None
     """For offline judging: called on the engine's thread with the logits [V] float32 that choose each token, before
     anything of sampling touches them. A view of the step's own tensor: copy what is to be kept. No wire sets it."""

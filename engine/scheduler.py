@@ -9,6 +9,7 @@ from adapters.residency import Residency
 from engine.admission import Admission, Admitted, Refused
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.fairness import foreground, in_turn
 from engine.sequence import BASE_SLOT, Sequence, Status, WaitReason
 from engine.step import Chunk, ImageJob, StepPlan
 from engine.vision_cache import ImageKey, VisionCache
@@ -87,10 +88,11 @@ class Scheduler:
 
     def wanted(self, now: float) -> list[AdapterRef]:
         """Adapters of waiting sequences, most urgent first; at most twice the slots, the rest is not near enough."""
-        starved = self._admission.starved(self.waiting, now)
+        waiting = foreground(self.waiting)
+        starved = self._admission.starved(waiting, now)
         victims = self._admission.victims(len(starved))
         refs = dict.fromkeys(starved)
-        for sequence in self.waiting:
+        for sequence in waiting:
             if len(refs) >= 2 * self._config.num_slots:
                 break
             ref = sequence.adapter
@@ -102,11 +104,18 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """Decodes first, then running prefills, then new sequences, inside one budget."""
+        self._pause_background()
         budget = StepBudget(self._config.max_batch_tokens, self._config.max_image_patches_per_step)
         chunks = self._decode_chunks(budget)
         chunks += self._prefill_chunks(budget)
         chunks += self._admit(budget, now)
         return StepPlan(tuple(chunks), tuple(budget.image_jobs))
+
+    def _pause_background(self) -> None:
+        """As soon as anybody else is here: background sequences give all back, and begin again when they are alone."""
+        if foreground(self.waiting) or foreground(self.running):
+            for sequence in [s for s in self.running if s.request.is_background]:
+                self._preempt(sequence)
 
     def _decode_chunks(self, budget: StepBudget) -> list[Chunk]:
         chunks = []
@@ -123,9 +132,10 @@ class Scheduler:
         return [chunk for chunk in chunks if chunk is not None]
 
     def _admit(self, budget: StepBudget, now: float) -> list[Chunk]:
-        blocked = self._admission.victims(len(self._admission.starved(self.waiting, now))) | self.draining
+        starved = self._admission.starved(foreground(self.waiting), now)
+        blocked = self._admission.victims(len(starved)) | self.draining
         chunks: list[Chunk] = []
-        for sequence in list(self.waiting):
+        for sequence in in_turn(self.waiting, self.running, now, self._config.starvation_s):
             if budget.num_tokens <= 0 or len(self.running) >= self._config.max_running:
                 break
             match self._admission.decide(sequence, blocked):
