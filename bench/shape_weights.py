@@ -62,7 +62,7 @@ def nf4_tensors(
     if num % BLOCK:
         raise ValueError(f"{name} [{num_out}, {num_in}] is no whole number of blocks of {BLOCK}")
     codes = torch.empty(num // 2, 1, dtype=torch.uint8).random_(0, 256, generator=generator)
-    code_values = get_4bit_type("nf4", device="cpu").float()
+    code_values = get_4bit_type("nf4", device="cpu").float()  # type: ignore[no-untyped-call]
     mean_scale = 1 / (math.sqrt(num_in) * float(code_values.pow(2).mean().sqrt()))
     num_blocks = num // BLOCK
     scales = torch.empty(num_blocks, dtype=torch.uint8).random_(0, 256, generator=generator)
@@ -80,5 +80,5 @@ def nf4_tensors(
     yield f"{name}.absmax", scales
     yield f"{name}.quant_map", code_values
     yield f"{name}.nested_absmax", nested
-    yield f"{name}.nested_quant_map", create_dynamic_map().float()
-    yield f"{name}.quant_state.bitsandbytes__nf4", pack_dict_to_tensor(state)
+    yield f"{name}.nested_quant_map", create_dynamic_map().float()  # type: ignore[no-untyped-call]
+    yield f"{name}.quant_state.bitsandbytes__nf4", pack_dict_to_tensor(state)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ SLORA_ADAPTERS = 200
 REPEATED_SHARE = 0.3
 """Of pictures: so many were sent before."""
 
-Special = Literal["long-guest", "flood", "fan-out", "fan-out-apart", "one-picture"]
+Special = Literal["fan-out", "fan-out-apart", "one-picture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,6 @@ def _catalogue() -> Mapping[str, Workload]:
         Workload("storm", "8 streams, every call a new adapter", 8, num_adapters=64, spread=True),
         Workload("working-set", "16 streams over 32 adapters in turn", 16, num_adapters=32, spread=True),
         Workload(
-            "guest", "a long prompt beside 8 streams", 8, num_adapters=8, spread=True, special="long-guest"
-        ),
-        Workload(
-            "flood", "32 streams on one adapter beside one on another", 32, num_adapters=2, special="flood"
-        ),
-        Workload(
             "fan-out",
             "one call answered by 8 adapters",
             1,
@@ -192,7 +186,7 @@ def make_trace(
     rng = random.Random(f"{seed}/{workload.name.removesuffix('-apart')}/{size_name}")
     num = num_calls or (size.min_calls if "fan-out" in workload.name else _num_calls(workload, size))
     calls = _calls(workload, size, num, rate or size.rate, rng)
-    return Trace(workload.name, size_name, _special(workload, size, calls, rng), workload.num_streams)
+    return Trace(workload.name, size_name, _special(workload, calls), workload.num_streams)
 
 
 def _num_calls(workload: Workload, size: Size) -> int:
@@ -251,14 +245,8 @@ def _pictures(workload: Workload, size: Size, num: int, rng: random.Random) -> t
     return tuple(drawn)
 
 
-def _special(workload: Workload, size: Size, calls: tuple[Call, ...], rng: random.Random) -> tuple[Call, ...]:
+def _special(workload: Workload, calls: tuple[Call, ...]) -> tuple[Call, ...]:
     """What a few workloads do besides drawing."""
-    if workload.special == "long-guest":  # in the middle, so that others decode before and after
-        middle = len(calls) // 2
-        guest = replace(calls[middle], prompt=prose(size.num_long_words, rng))
-        return (*calls[:middle], guest, *calls[middle + 1 :])
-    if workload.special == "flood":  # every eighth is the quiet neighbour's
-        return tuple(replace(call, adapter=int(call.index % 8 == 7)) for call in calls)
     if workload.special == "fan-out":
         return tuple(replace(call, adapter=0, fan_out=workload.num_adapters) for call in calls)
     if workload.special == "fan-out-apart":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -27,6 +27,12 @@ from bench.words import WORDS
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(SHAPES["tiny"], tmp_path_factory.mktemp("shapes") / "tiny")
+
+
+def quant_state_of(linear: Linear4bit) -> QuantState:
+    state = linear.weight.quant_state  # type: ignore[attr-defined]
+    assert isinstance(state, QuantState)
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_transformers_reads_the_bits_that_were_written(
     linear = model.get_submodule(name)
     assert isinstance(linear, Linear4bit)
     assert torch.equal(linear.weight.data.flatten(), written[f"{name}.weight"].flatten())
-    weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    weight = dequantize_4bit(linear.weight.data, quant_state_of(linear))
     assert weight.shape == (192, 128)
     assert float(weight.float().pow(2).mean().sqrt()) == pytest.approx(128**-0.5, rel=0.05)
 
@@ -67,7 +73,7 @@ def test_greedy_answers_depend_on_the_prompt(
     answers = set()
     for prompt in ("the people work", "some years come"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(ids, max_new_tokens=6, do_sample=False)
+        out = model.generate(ids, max_new_tokens=6, do_sample=False)  # type: ignore[misc]
         answers.add(tokenizer.decode(out[0, ids.shape[1] :]))
     assert len(answers) == 2
 
@@ -94,8 +100,8 @@ def test_made_bytes_are_what_bitsandbytes_writes(size: tuple[int, int]) -> None:
     own.weight.data = torch.randn(size).bfloat16()
     own = own.to("cpu")
     written = {key.replace("weight", "w", 1): tensor for key, tensor in own.state_dict().items()}
-    quantised = own.weight.quant_state or QuantState(torch.zeros(1))
-    written |= {f"w.{key}": tensor for key, tensor in quantised.as_dict(packed=True).items()}
+    quantised = quant_state_of(own).as_dict(packed=True)
+    written |= {f"w.{key}": tensor for key, tensor in quantised.items()}
     assert {
         key: (tensor.shape, tensor.dtype) for key, tensor in made.items() if "quant_state" not in key
     } == {key: (tensor.shape, tensor.dtype) for key, tensor in written.items() if "quant_state" not in key}

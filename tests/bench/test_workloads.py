@@ -83,14 +83,6 @@ def test_half_the_picture_mix_has_a_picture_and_a_third_of_them_was_sent_before(
     assert len({(picture.width, picture.height) for picture in pictures}) == 3
 
 
-def test_a_guest_s_prompt_is_long_and_a_flood_has_a_quiet_neighbour() -> None:
-    guest = make_trace(workload_named("guest"), "pocket").calls
-    lengths = sorted(len(call.prompt.split()) for call in guest)
-    assert lengths[-1] == 300 and lengths[-2] <= 48
-    flood = Counter(call.adapter for call in make_trace(workload_named("flood"), "pocket").calls)
-    assert flood[0] == 7 * flood[1]
-
-
 def test_what_a_fan_out_asks_at_once_is_what_is_asked_apart() -> None:
     at_once = make_trace(workload_named("fan-out"), "pocket").calls
     apart = make_trace(workload_named("fan-out-apart"), "pocket").calls
