@@ -99,7 +99,8 @@ class Recipe:
 
     # fmt: off
     # ---- what is made, from what
-    name: str = _made("", "name", "What it is served as: letters, digits, dot, dash, underscore.")
+    name: str = _made("", "name", "What it is served as: letters, digits, dot, dash, underscore; one slash after an "
+                      "owner's.")
     data: tuple[str, ...] = _made((), "files, comma between", "Rows to learn from; also hf://datasets/org/name"
                                   "[@revision][/file]. docs/training-data.md has the formats.")
     eval: tuple[str, ...] = _made((), "files, comma between", "Rows to be judged on; none holds out a share of data.")

@@ -47,7 +47,10 @@ def parts_of(recipe: Recipe) -> tuple[Part, ...] | None:
 
 def _names(recipe: Recipe, given: Collection[str]) -> Iterator[str]:
     if recipe.name and not _NAME.fullmatch(recipe.name):
-        yield f"name {recipe.name!r}: letters, digits, dot, dash and underscore, up to 96, beginning with no dot"
+        yield (
+            f"name {recipe.name!r}: letters, digits, dot, dash and underscore, up to 96, beginning with no dot;"
+            " at most one slash between two such"
+        )
     if recipe.name in ("base", "pocket", "lorikeet-pocket"):
         yield f"name {recipe.name!r} is the base's own: choose another"
     if not recipe.preset and recipe.targets is None:

@@ -129,7 +129,8 @@ class Reader:
     def _mapping(self, arguments: tuple[object, ...], doc: FieldDoc, value: object) -> dict[object, object]:
         value = self._structure(value)
         if not isinstance(value, Mapping):
-            raise ValueRefused(f"holds {shown(value)}; it maps names to values ({doc.unit})")
+            how = "name=value,name=value" if self.is_text else doc.unit
+            raise ValueRefused(f"holds {shown(value)}; it maps names to values ({how})")
         key_hint, value_hint = arguments
         return {self._as(key_hint, doc, key): self._as(value_hint, doc, item) for key, item in value.items()}
 

@@ -69,6 +69,8 @@ def check_request(request: RunRequest) -> None:
         raise Refused("the adapter has no name: --name invoice")
     if not recipe.data:
         raise Refused("there is no data to train on: --data rows.jsonl")
+    if request.deploy_to is not None and not request.deploy_to.url.startswith(("http://", "https://")):
+        raise Refused(f"--deploy {request.deploy_to.url} is no address of a server: http://host:8000")
     problems = [advice.text for advice in advise(recipe) if advice.level == "error"]
     if problems:
         raise Refused("\n".join(problems))
@@ -86,10 +88,16 @@ def opened(request: RunRequest, ranks: Ranks) -> Iterator[RunFolder | None]:
             request.folder, is_resumed=request.is_resumed, is_overwritten=request.is_overwritten
         )
     with folder:
+        before = folder.recipe.read_text("utf-8") if request.is_resumed else None
         if not (request.is_resumed and _is_of(request.recipe, folder.recipe)):
             folder.write_text(folder.recipe, request.resolved.as_yaml())
         ranks.wait()
-        yield folder
+        try:
+            yield folder
+        except Refused:
+            if before is not None:  # what could not go on as it was asked to still can as it was begun
+                folder.write_text(folder.recipe, before)
+            raise
 
 
 def _is_of(recipe: Recipe, file: Path) -> bool:

@@ -46,6 +46,8 @@ class RunData:
     def text(self) -> str:
         if self.report.eval is not None:
             return self.report.text()
+        if not self.held_out:
+            return f"{self.report.text()}\nheld out: none of the rows, so nothing is judged: --eval FILE names some"
         return f"{self.report.text()}\nheld out: {len(self.held_out)} of the rows, chosen by what they ask"
 
 

@@ -193,6 +193,7 @@ def test_another_recipe_does_not_go_on_with_the_run(ran: tuple[RunRequest, RunRe
     asked, _ = ran
     with pytest.raises(Refused, match=r"not the run that was stopped:\n  lr: 0\.003 then, 0\.001 now"):
         go(replace(request(rows, asked.folder, lr="1e-3"), is_resumed=True))
+    assert resolve_recipe(asked.folder / "recipe.yaml", {}).recipe.lr == 3e-3  # so that it still can go on
 
 
 def test_a_run_is_not_begun_over_another(ran: tuple[RunRequest, RunResult]) -> None:
@@ -295,6 +296,11 @@ def test_without_rows_to_judge_on_nothing_is_deployed_unasked(rows: Path, tmp_pa
     unjudged = request(rows, tmp_path / "a", eval="none", eval_split="0", metrics="none")
     with pytest.raises(Refused, match="--gate none"):
         go(replace(unjudged, deploy_to=DeployTo("http://server")))
+
+
+def test_what_is_no_address_of_a_server_is_refused_before_a_run(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="http://host:8000"):
+        go(replace(request(rows, tmp_path / "a"), deploy_to=DeployTo("gpu-box:8000")))
 
 
 def test_an_adapter_without_rows_to_judge_on_is_packed_unjudged(rows: Path, tmp_path: Path) -> None:

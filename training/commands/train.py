@@ -91,5 +91,5 @@ def resolve(flags: Mapping[str, object], own: Mapping[str, object]) -> ResolvedR
 
 
 def folder_of(own: Mapping[str, object], name: str) -> Path:
-    """The run folder."""
-    return Path(str(own["out"])) if own["out"] is not None else RUNS / (name or "unnamed")
+    """The run folder. A slash in a name is no folder in another run's, which --overwrite would empty."""
+    return Path(str(own["out"])) if own["out"] is not None else RUNS / (name or "unnamed").replace("/", "--")
