@@ -102,16 +102,16 @@ def _settle(report: DataReport, rules: DataRules) -> None:
     if report.faults and rules.on_bad == "error":
         raise DataRejected(report, f"{report.num_bad_rows} rows cannot be trained on (on_bad is error)")
     if not report.train.num_kept:
-        raise DataRejected(report, _missing("train on", report.train))
+        raise DataRejected(report, _missing("data", report.train))
     if report.eval is not None and not report.eval.num_kept:
-        raise DataRejected(report, _missing("be judged on", report.eval))
+        raise DataRejected(report, _missing("eval", report.eval))
 
 
-def _missing(purpose: str, split: SplitReport) -> str:
+def _missing(name: str, split: SplitReport) -> str:
     """A file that was named and holds nothing is a mistake: without it a run would go on unjudged, say."""
     if split.num_rows:
-        return f"no row is left to {purpose}: none of the {split.num_rows} is without fault"
-    return f"there is no row to {purpose}: the files named for it are empty"
+        return f"no row of {name} is left: none of the {split.num_rows} is without fault"
+    return f"there is no row in {name}: the files named for it are empty"
 
 
 class _Split:

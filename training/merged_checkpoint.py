@@ -124,7 +124,7 @@ class MergedCheckpoint:
         if self.num_bytes > free:
             raise ExportRefused(
                 f"the merged model takes {self.num_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free: "
-                "free space, or choose another --out"
+                "free space, or name another folder"
             )
 
     def _write_index(self) -> None:

@@ -87,10 +87,10 @@ class ShrinkReport:
     @property
     def text(self) -> str:
         old, new = max(each.old_rank for each in self.sites), [each.rank for each in self.sites]
-        ranks = f"{min(new)}" if min(new) == max(new) else f"{min(new)} to {max(new)}"
+        ranks = f"{min(new)}" if min(new) == max(new) else f"between {min(new)} and {max(new)}"
         worst = max(self.sites, key=lambda each: each.error)
         lines = [
-            f"shrunk rank {old} to {ranks} at {len(self.sites)} linears, {self.old_bytes / 1e6:.2f} MB to "
+            f"shrunk from rank {old} to {ranks} at {len(self.sites)} linears, {self.old_bytes / 1e6:.2f} MB to "
             f"{self.num_bytes / 1e6:.2f} MB: {self.folder}",
             f"relative error {self.error:.3g} in all, energy kept {100 * (1 - self.error**2):.3f} %; "
             f"the worst is {worst.site} with {worst.error:.3g}",

@@ -27,7 +27,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise FolderRefused(target, f"{error.strerror}; choose another --out") from error
+        raise FolderRefused(target, f"{error.strerror}; name another folder") from error
     try:
         yield partial
         _settle(partial, target)
@@ -39,9 +39,9 @@ def check_free(target: Path) -> None:
     """Raise FolderRefused when something is there. An empty folder counts as nothing."""
     if target.is_dir() and not target.is_symlink():
         if any(target.iterdir()):
-            raise FolderRefused(target, "it holds files already; choose another --out, or remove it")
+            raise FolderRefused(target, "it holds files already; name another folder, or remove it")
     elif os.path.lexists(target):
-        raise FolderRefused(target, "it is a file or a link; choose another --out")
+        raise FolderRefused(target, "it is a file or a link; name another folder")
 
 
 def _settle(partial: Path, target: Path) -> None:

@@ -209,18 +209,18 @@ def test_quarantine_writes_down_what_it_leaves_out(tmp_path: Path, processor: Pr
 def test_nothing_left_is_an_error_even_when_bad_rows_are_skipped(
     tmp_path: Path, processor: Processor
 ) -> None:
-    with pytest.raises(DataRejected, match="no row is left"):
+    with pytest.raises(DataRejected, match="no row of data is left"):
         check_data([write(tmp_path, "{")], processor, SKIP)
-    with pytest.raises(DataRejected, match="no row is left"):
+    with pytest.raises(DataRejected, match="no row of data is left"):
         check_data([tmp_path / "none.jsonl"], processor, SKIP)
 
 
 def test_an_empty_file_of_the_evaluation_is_no_evaluation(tmp_path: Path, processor: Processor) -> None:
     good, nothing = write(tmp_path, GOOD), tmp_path / "empty.jsonl"
     nothing.write_text("\n", encoding="utf-8")
-    with pytest.raises(DataRejected, match="no row to be judged on: the files named for it are empty"):
+    with pytest.raises(DataRejected, match="no row in eval: the files named for it are empty"):
         check_data([good], processor, SKIP, eval=[nothing])
-    with pytest.raises(DataRejected, match="no row to train on: the files named for it are empty"):
+    with pytest.raises(DataRejected, match="no row in data: the files named for it are empty"):
         check_data([nothing], processor, SKIP, eval=[good])
 
 
