@@ -242,9 +242,7 @@ class Engine:
         return Picture(
             running=Counter(s.adapter.name for s in foreground(self._scheduler.running)),
             waiting=Counter(s.adapter.name for s in foreground(self._scheduler.waiting)),
-            waiting_for_adapter=sum(
-                s.slot_wait_since_s is not None for s in foreground(self._scheduler.waiting)
-            ),
+            waiting_for_adapter=self._scheduler.num_waiting_for_adapter,
             kv_blocks_used=self._scheduler.num_blocks_used,
             swaps=self._swaps.picture(),
             num_steps=self.num_steps,

@@ -61,6 +61,10 @@ class Scheduler:
     def num_blocks_used(self) -> int:
         return self._pool.num_used
 
+    @property
+    def num_waiting_for_adapter(self) -> int:
+        return sum(s.slot_wait_since_s is not None for s in foreground(self.waiting))
+
     def has_embeddings(self, key: ImageKey) -> bool:
         return key in self._vision_cache
 

@@ -24,6 +24,7 @@ from server.routes import (
     models,
     sglang,
     tokenize,
+    traffic,
     uploads,
     vllm,
 )
@@ -38,6 +39,7 @@ ROUTERS = (
     models.router,
     adapters.router,
     aliases.router,
+    traffic.router,
     uploads.router,
     vllm.router,
     sglang.router,

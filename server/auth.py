@@ -29,7 +29,7 @@ ADMIN_PATHS = frozenset(
     }
 )
 INFER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
-ADMIN_PREFIXES = ("/v1/adapters", "/v1/models", "/v1/aliases")
+ADMIN_PREFIXES = ("/v1/adapters", "/v1/models", "/v1/aliases", "/v1/traffic")
 """Reading them takes any key, changing anything below them takes admin."""
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 

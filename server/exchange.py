@@ -23,6 +23,7 @@ from server.choose import HEADER, Chooser
 from server.generation import Event, Generation
 from server.replies import Collected, Head, collect, headers_of, server_timing
 from server.schemas import GenerationFields
+from server.splitting import Draw
 from server.sse import EventStream
 from server.state import ServerState, state_of
 from server.translate import Origin, require_room
@@ -54,8 +55,10 @@ async def exchange(
     """The response to a parsed request. Raises WireError and what ``to_wire`` knows, always before the first byte."""
     arrival_s = time.monotonic()
     state = state_of(request)
-    may_use = caller_of(request).may_use
-    chooser = Chooser(state.registry, state.base.name, may_use, state.settings.max_rank)
+    caller = caller_of(request)
+    state.quotas.require_room(caller)
+    draw = Draw(state.registry, fields, request.headers)
+    chooser = Chooser(draw, state.base.name, caller.may_use, state.settings.max_rank)
     choice = chooser.choose(fields, request.headers.get(HEADER))
     require_room(state)
     head = Head.make(id_prefix, choice.asked, state.base.fingerprint)
@@ -65,12 +68,14 @@ async def exchange(
         form = make_form(head)
         requests = await form.translate(Origin(head.id, choice.refs, arrival_s))
         generation.submit(requests)
+        events = state.quotas.metered(generation.events(), requests, caller)
+        events = state.shadows.follow(events, requests, state.shadows.copy_of(draw, choice.refs), state)
         headers = headers_of(choice.refs, state)
         if fields.stream:
             await generation.has_begun(state.settings.keepalive_s)
-            frames = form.frames(generation.events(), requests)
+            frames = form.frames(events, requests)
             return _stream(frames, headers, stack.pop_all().close, state)
-        choices = await collect(generation.events(), len(requests))
+        choices = await collect(events, len(requests))
     headers["server-timing"] = server_timing([choice.end.timings for choice in choices])
     return Response(
         orjson.dumps(form.body(choices, requests)), headers=headers, media_type="application/json"

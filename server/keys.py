@@ -20,7 +20,8 @@ Scope = Literal["infer", "admin", "metrics"]
 SCOPES: tuple[Scope, ...] = ("infer", "admin", "metrics")
 MIN_KEY_CHARS = 8
 _HASHED = re.compile(r"sha256:[0-9a-f]{64}")
-_FIELDS = {"name", "key", "scopes", "adapters"}
+_FIELDS = {"name", "key", "scopes", "adapters", "tokens_per_minute"}
+MAX_TOKENS_PER_MINUTE = 10**12
 
 
 class KeyFileError(ValueError):
@@ -34,6 +35,8 @@ class Caller:
     name: str
     scopes: frozenset[Scope]
     adapters: tuple[str, ...] = ("*",)
+    tokens_per_minute: int | None = None
+    """Prompt and answer together; None is as many as come."""
 
     def may_use(self, adapter: str) -> bool:
         """Whether the adapter exists for this caller; the base always does."""
@@ -116,7 +119,16 @@ def _parse(table: Mapping[str, object], where: str) -> Key:
     known = frozenset(scope for scope in SCOPES if scope in scopes)
     if len(known) != len(set(scopes)):
         raise KeyFileError(f"{where}: scopes are among {list(SCOPES)}")
-    return Key(digest, Caller(name, known, tuple(_texts(table.get("adapters", ["*"]), f"{where}: adapters"))))
+    adapters = tuple(_texts(table.get("adapters", ["*"]), f"{where}: adapters"))
+    return Key(digest, Caller(name, known, adapters, _quota(table.get("tokens_per_minute"), where)))
+
+
+def _quota(value: object, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOKENS_PER_MINUTE:
+        raise KeyFileError(f"{where}: tokens_per_minute is a whole number from 1")
+    return value
 
 
 def _texts(value: object, where: str) -> list[str]:

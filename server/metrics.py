@@ -32,6 +32,7 @@ from engine.status import EngineStatus
 from server.gauges import EngineFacts, StatusCollector
 from server.instruments import Instruments, TokenCounters
 from server.labels import AdapterLabels
+from server.shadow_series import ShadowSeries
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -48,6 +49,7 @@ class Metrics:
         self._instruments = Instruments(self._registry)
         self._tokens: dict[str, TokenCounters] = {}
         self.labels = AdapterLabels(self._drop)
+        self.shadows = ShadowSeries(self._registry, self.labels)
 
     def watch(
         self,
@@ -63,7 +65,7 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition, format 0.0.4."""
         text: bytes = generate_latest(self._registry)
-        return text + self._instruments.render_tables().encode()
+        return text + self._instruments.render_tables().encode() + self.shadows.render().encode()
 
     def forget(self, ref: AdapterRef) -> None:
         """The adapter is gone: so are its series."""
@@ -77,6 +79,7 @@ class Metrics:
     def _drop(self, label: str) -> None:
         self._tokens.pop(label, None)
         self._instruments.drop(label)
+        self.shadows.drop(label)
 
     def _tokens_of(self, label: str) -> TokenCounters:
         tokens = self._tokens.get(label)

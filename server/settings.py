@@ -123,7 +123,7 @@ class Settings(BaseSettings):
 
     # ---- who may ask
     api_key: HashedKey | None = _set(None, "secret or sha256:HEX", "One key with every scope. Kept hashed.")
-    api_keys_file: Path | None = _set(None, "TOML file", "[[key]] tables: name, key, scopes, adapters.")
+    api_keys_file: Path | None = _set(None, "TOML file", "[[key]] tables: name, key, scopes, adapters, quota.")
     insecure_no_auth: bool = _set(False, "yes or no", "Serve other machines without keys, without the admin routes.")
     allowed_hosts: Hosts = _set((), "hosts, comma between", "Further Host names accepted on a loopback address.")
 

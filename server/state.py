@@ -18,6 +18,8 @@ from adapters.sources.remote import RemoteSources
 from engine.messages import LoadReport, UnloadReport
 from engine.request import GenerationRequest
 from engine.status import EngineStatus
+from server.quotas import Quotas
+from server.shadows import Shadows
 
 if TYPE_CHECKING:
     from adapters.ref import AdapterRef
@@ -134,6 +136,8 @@ class ServerState:
     background: Background = field(default_factory=Background)
     load_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     """Registrations and loads under way at once; a third is 429 too_many_loads."""
+    shadows: Shadows = field(default_factory=Shadows)
+    quotas: Quotas = field(default_factory=Quotas)
     started_s: float = field(default_factory=time.time)
 
 

@@ -276,6 +276,37 @@ def test_profiles_are_shown_set_and_reset(remote: Remote, tmp_path: Path) -> Non
     assert run("adapters", "profile", "set", "json", "temperature", "--url", remote.url).exit_code == 2
 
 
+def test_traffic_is_set_listed_shown_and_ended(remote: Remote) -> None:
+    shadow = {"version": 4, "share": 0.1, "tokens_per_minute": None}
+    record = {"alias": "prod", "target": "json@2", "shares": {"2": 0.95, "3": 0.05}, "sticky": "user"}
+    remote.replies["PUT /v1/traffic/prod"] = ok({**record, "shadow": shadow})
+    remote.replies["GET /v1/traffic"] = ok({"data": [{**record, "shadow": shadow}]})
+    remote.replies["GET /v1/traffic/prod"] = ok({**record, "shadow": None})
+    remote.replies["DELETE /v1/traffic/prod"] = ok({**record, "shadow": None})
+    words = ("set", "prod", "2=95", "3=5", "--shadow", "4", "--share", "0.1", "--sticky", "header:x-id")
+    assert run("adapters", "traffic", *words, "--url", remote.url).exit_code == 0
+    assert remote.asked == [
+        (
+            "PUT /v1/traffic/prod",
+            {
+                "weights": {"2": 95.0, "3": 5.0},
+                "sticky": "header:x-id",
+                "shadow": {"version": 4, "share": 0.1},
+            },
+        )
+    ]
+    listed = run("adapters", "traffic", "list", "--url", remote.url).stdout.splitlines()
+    assert listed[1].split() == ["prod", "json@2", "2:95%,3:5%", "user", "4:10%"]
+    assert run("adapters", "traffic", "show", "prod", "--url", remote.url).stdout.split()[-1] == "-"
+    assert json.loads(run("adapters", "traffic", "end", "prod", "--json", "--url", remote.url).stdout) == {
+        **record,
+        "shadow": None,
+    }
+    remote.replies["GET /v1/traffic"] = ok({"data": []})
+    assert "traffic set" in run("adapters", "traffic", "list", "--url", remote.url).stdout
+    assert run("adapters", "traffic", "set", "prod", "2", "--url", remote.url).exit_code == 2
+
+
 def test_add_with_upload_sends_the_package_and_registers_it(remote: Remote, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"):
         (tmp_path / name).write_bytes(name.encode())

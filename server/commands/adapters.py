@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import pointers, profiles
+from server.commands import pointers, profiles, traffic
 from server.commands.answers import ask, failed, report, write_json, write_table
 from server.commands.pointers import Name
 from server.commands.remote import DEFAULT_URL, AsJson, Key, Remote, RemoteError, Url, segment
@@ -30,6 +30,7 @@ app.command("versions", short_help="Every version of an adapter, and which is cu
 app.command("promote", short_help="Make a version what the name means.")(pointers.promote)
 app.command("rollback", short_help="Make a name mean what it meant before.")(pointers.rollback)
 app.add_typer(profiles.profile_app, name="profile", short_help="Defaults of its requests: show, set, reset.")
+app.add_typer(traffic.traffic_app, name="traffic", short_help="Splits of aliases: list, show, set, end.")
 app.add_typer(pointers.alias_app, name="alias", short_help="Further names for versions: list, set, remove.")
 
 

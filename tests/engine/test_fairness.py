@@ -21,7 +21,7 @@ class Town:
     """A scheduler under load: sequences of given lengths, a step each 50 ms of a fake clock."""
 
     def __init__(self, **config: int | float) -> None:
-        self.desk = Desk(num_blocks=4096, max_batch_tokens=512, **config)
+        self.desk = Desk(num_blocks=4096, max_batch_tokens=512, **config)  # type: ignore[arg-type]
         self.now = 0.0
         self.lengths: dict[str, int] = {}
         self.started: dict[str, float] = {}
