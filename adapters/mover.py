@@ -1,6 +1,6 @@
 """Mover: carries out the residency's moves: reads adapters on its own threads, keeps the host tier, writes slots.
 
-Owns the tier HOST (prepared adapters, bounded in bytes, least recently used leaves) and the reads under way. Decides
+Owns the reads under way, and shares the host tier's bytes between the threads. Decides
 nothing: which adapter goes into which slot is the residency's. One read serves all who want the same content.
 
 Reads run beside the steps; what a step waits for is the copy into a slot, in ``finished``, at a step's boundary.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from adapters.errors import AdapterError, InsufficientMemory
+from adapters.host_tier import HostTier
 from adapters.ref import AdapterRef
 from adapters.residency import Evict, Load, Move, Moved, MoveFailed, Tier
 from adapters.slots import SlotBank
@@ -46,51 +46,9 @@ class _Read:
 
     begin_s: float
     loads: list[Load] = field(default_factory=list)
+    prefetches: list[AdapterRef] = field(default_factory=list)
+    """Those who asked for it before they have a slot; what came of it is told by ``take_prefetched``."""
     keeps: bool = True  # False once its content was forgotten: it then passes the host tier by
-
-
-class HostTier:
-    """Prepared adapters by content digest, in the order of their last use. Not thread-safe."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
-        self._refs: dict[str, set[AdapterRef]] = {}
-        self.num_bytes = 0
-
-    def refs(self) -> frozenset[AdapterRef]:
-        return frozenset(ref for digest in self._staged for ref in self._refs[digest])
-
-    def __contains__(self, ref: AdapterRef) -> bool:
-        return ref.digest in self._staged
-
-    def get(self, ref: AdapterRef) -> StagedAdapter | None:
-        staged = self._staged.get(ref.digest)
-        if staged is not None:
-            self._staged.move_to_end(ref.digest)
-            self._refs[ref.digest].add(ref)
-        return staged
-
-    def put(self, ref: AdapterRef, staged: StagedAdapter) -> None:
-        """Keep it, and let others go for it; one that is larger than the whole tier is not kept."""
-        if staged.num_bytes > self._max_bytes:
-            return
-        self.pop(ref)
-        while self.num_bytes + staged.num_bytes > self._max_bytes:
-            digest, oldest = self._staged.popitem(last=False)
-            del self._refs[digest]
-            self.num_bytes -= oldest.num_bytes
-        self.num_bytes += staged.num_bytes
-        self._staged[ref.digest] = staged
-        self._refs[ref.digest] = {ref}
-
-    def pop(self, ref: AdapterRef) -> int:
-        """The bytes that it freed."""
-        staged = self._staged.pop(ref.digest, None)
-        self._refs.pop(ref.digest, None)
-        num_bytes = 0 if staged is None else staged.num_bytes
-        self.num_bytes -= num_bytes
-        return num_bytes
 
 
 class Mover:
@@ -108,11 +66,13 @@ class Mover:
         self._bank = bank
         self._read = read
         self._on_ready = on_ready
+        self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lorikeet-mover")
-        self._lock = threading.Lock()  # guards the three below; never held while reading or copying
+        self._lock = threading.Lock()  # guards the four below; never held while reading or copying
         self._host = HostTier(host_bytes)
         self._reads: dict[str, _Read] = {}
         self._ready: list[_Ready] = []
+        self._prefetched: dict[AdapterRef, AdapterError | None] = {}
         self._loading: dict[int, Load] = {}  # by slot; the engine's thread only
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
@@ -143,10 +103,22 @@ class Mover:
         else:
             self._fetch(load.ref, load)
 
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Bring an adapter to the host tier in the background; a failure is found again by the load."""
-        if not self.is_on_host(ref):
-            self._fetch(ref, None)
+    def prefetch(self, ref: AdapterRef) -> bool:
+        """Bring an adapter to the host tier in the background; False while as many reads as threads are under way.
+
+        How it ended is told once, by ``take_prefetched``.
+        """
+        with self._lock:
+            if ref.digest not in self._reads and len(self._reads) >= self._num_threads:
+                return False
+        self._fetch(ref, None)
+        return True
+
+    def take_prefetched(self) -> dict[AdapterRef, AdapterError | None]:
+        """Prefetches that ended since the last call, with the error of those that failed."""
+        with self._lock:
+            ended, self._prefetched = self._prefetched, {}
+        return ended
 
     def _fetch(self, ref: AdapterRef, load: Load | None) -> None:
         """Join the read of this content that is under way, or begin one."""
@@ -155,6 +127,8 @@ class Mover:
             read = self._reads.setdefault(ref.digest, _Read(time.monotonic()))
             if load is not None:
                 read.loads.append(load)
+            else:
+                read.prefetches.append(ref)
         if is_new:
             future = self._threads.submit(self._read_and_stage, ref)
             future.add_done_callback(lambda done: self._end_read(ref, done))
@@ -203,6 +177,8 @@ class Mover:
             read = self._reads.pop(ref.digest)
             if isinstance(outcome, StagedAdapter) and read.keeps:
                 self._host.put(ref, outcome)
+            error_of_ours = outcome if isinstance(outcome, AdapterError) else None
+            self._prefetched |= dict.fromkeys(read.prefetches, error_of_ours)
             read_s = time.monotonic() - read.begin_s
             self._ready += [_Ready(load, outcome, read_s, Tier.DISK) for load in read.loads]
         self._on_ready()

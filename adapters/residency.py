@@ -15,7 +15,7 @@ Place in a request's way: step 5, where a sequence whose adapter is not on the d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -100,9 +100,10 @@ class Residency:
 
     # ---- deciding ----------------------------------------------------------------------------------------------
 
-    def plan(self, wanted: Sequence[AdapterRef]) -> tuple[Move, ...]:
+    def plan(self, wanted: Sequence[AdapterRef], unready: Collection[AdapterRef] = ()) -> tuple[Move, ...]:
         """Moves that bring as many of ``wanted`` (most urgent first) to the device as can come; () when none can.
 
+        ``unready`` ones take free slots only: nobody leaves for an adapter of which it is not known that it can come.
         From here on the slots of the returned loads count as taken: call it again with the same refs and it returns
         nothing. The mover gets all moves, in order; an Evict stands before the Load into its slot.
         """
@@ -110,6 +111,8 @@ class Residency:
         keep = set(wanted)
         for ref in dict.fromkeys(wanted):
             if ref.is_base or ref in self._seats:
+                continue
+            if not self._free_slots() and ref in unready:
                 continue
             evict = None if self._free_slots() else self._evict_one(keep)
             if evict is None and not self._free_slots():
@@ -209,6 +212,10 @@ class Residency:
     def is_loading(self, ref: AdapterRef) -> bool:
         seat = self._seats.get(ref)
         return seat is not None and not seat.is_resident
+
+    def has_seat(self, ref: AdapterRef) -> bool:
+        """Whether a slot is taken for it, be it loading or resident."""
+        return ref in self._seats
 
     def can_ever_load(self, ref: AdapterRef) -> bool:
         """Whether waiting can help: it has a slot already, or some slot is not pinned."""

@@ -24,6 +24,7 @@ from engine.observer import (
     Observer,
 )
 from engine.probe import Probe
+from engine.readahead import ReadAhead
 from engine.replay import Replay
 from engine.status import SlotStatus, SwapsPicture
 
@@ -59,6 +60,7 @@ class AdapterSwaps:
         self._loads: dict[AdapterRef, list[tuple[LoadAdapter, float]]] = {}
         self._unloads: list[PendingUnload] = []
         self._proven: set[str] = set()
+        self._read_ahead = ReadAhead(residency, mover)
         self._answers: list[Callable[[], None]] = []
         self._slot_bytes: dict[int, int] = {}
         self._sizes = Sizes(0, frozenset(), 0)
@@ -98,19 +100,23 @@ class AdapterSwaps:
 
     def start(self, wanted: Iterable[AdapterRef]) -> None:
         """Plan and start the moves that explicit loads and the scheduler's waiting sequences call for."""
-        refs = dict.fromkeys([*self._loads, *wanted])
+        refs = list(dict.fromkeys([*self._loads, *wanted]))
+        unready = self._read_ahead.unready(refs)
         if not refs:
             return
-        moves = self._residency.plan(list(refs))
+        moves = self._residency.plan(refs, unready)
         for move in moves:
             if isinstance(move, Evict):
                 logger.info("adapter.evicted ref=%s slot=%d", move.ref, move.slot)
                 self._observer.record(AdapterEvicted(move.ref, "lru"))
         self._mover.start(moves)
+        self._read_ahead.begin(refs)
 
     def settle(self, has_running: bool) -> list[tuple[AdapterRef, AdapterError]]:
         """Make finished loads visible, answer those who waited for them, and return the adapters that failed."""
-        failures: list[tuple[AdapterRef, AdapterError]] = []
+        failures = self._read_ahead.settle()
+        for ref, error in failures:
+            self._report_failure(ref, error)
         begin_s = time.monotonic()
         results = self._mover.finished()
         if results:
@@ -124,7 +130,7 @@ class AdapterSwaps:
                 self._announce(proven)
             else:
                 failures.append((proven.move.ref, proven.error))
-                self._report_failure(proven)
+                self._report_failure(proven.move.ref, proven.error)
         self._answer_loads()
         self._answer_unloads(time.monotonic())
         return failures
@@ -161,12 +167,11 @@ class AdapterSwaps:
         logger.info("adapter.loaded ref=%s slot=%d took_ms=%.1f", result.move.ref, result.move.slot, took_ms)
         self._observer.record(AdapterMoved(result.move.ref, result.num_bytes, result.seconds))
 
-    def _report_failure(self, failure: MoveFailed) -> None:
-        error = failure.error
+    def _report_failure(self, ref: AdapterRef, error: AdapterError) -> None:
         reason = str(error.reason) if isinstance(error, AdapterRejected) else type(error).__name__
-        logger.warning("adapter.load_failed ref=%s reason=%s", failure.move.ref, reason)
-        self._observer.record(AdapterMoveFailed(failure.move.ref, reason))
-        for message, _ in self._loads.pop(failure.move.ref, []):
+        logger.warning("adapter.load_failed ref=%s reason=%s", ref, reason)
+        self._observer.record(AdapterMoveFailed(ref, reason))
+        for message, _ in self._loads.pop(ref, []):
             self._answer(message, error)
 
     def _answer_loads(self) -> None:
@@ -199,11 +204,11 @@ class AdapterSwaps:
     def _unload(self, ref: AdapterRef) -> UnloadReport:
         self._residency.unpin(ref)
         evict = self._residency.drop(ref)
-        freed = 0
+        freed = self._bank.num_bytes
         if evict is not None:
-            freed = self._bank.slot_bytes(evict.slot)
             self._mover.start([evict])
             self._observer.record(AdapterEvicted(ref, "unload"))
+        freed -= self._bank.num_bytes  # what the bank gave back: pages that others still use stay
         report = UnloadReport(ref, freed, self._mover.forget(ref))
         self._weigh()
         logger.info("adapter.unloaded ref=%s device_bytes=%d", ref, freed)

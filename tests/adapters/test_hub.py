@@ -35,7 +35,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hub(served: Hub) -> Hub:
     fresh = Hub(url=served.url, repos={"acme/invoices": dict(FILES)})
-    for name in Hub.__slots__:  # type: ignore[attr-defined]  # the server keeps its object
+    for name in Hub.__slots__:  # the server keeps its object
         setattr(served, name, getattr(fresh, name))
     return served
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from adapters.errors import AdapterError, AdapterRejected, InsufficientMemory, RejectReason
-from adapters.mover import HostTier, Mover
+from adapters.host_tier import HostTier
+from adapters.mover import Mover
 from adapters.ref import AdapterRef
 from adapters.residency import Evict, Load, Moved, MoveFailed, Residency, Tier
 from adapters.sites import Site

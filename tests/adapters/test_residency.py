@@ -276,3 +276,14 @@ def test_a_scan_over_many_adapters_leaves_those_in_steady_use() -> None:
             use(residency, ref)
     bring(residency, make_ref("x"), make_ref("y"))
     assert [residency.slot_of(ref) for ref in hot] == [None, None]
+
+
+def test_nobody_leaves_for_one_that_is_not_ready_but_free_slots_are_for_all() -> None:
+    residency = Residency(2)
+    a, b, c, d = REFS[:4]
+    bring(residency, a)
+    assert residency.plan([c], unready=[c]) == (Load(c, 1),), "a free slot"
+    residency.settle(Moved(Load(c, 1), 1, {}))
+    assert residency.plan([b, d], unready=[b, d]) == ()
+    assert residency.plan([b, d], unready=[b]) == (Evict(a, 0), Load(d, 0)), "others pass it"
+    assert residency.has_seat(d) and not residency.has_seat(b)
