@@ -10,10 +10,12 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from adapters.ref import AdapterRef
 from server.auth import caller_of
 from server.choose import HEADER, Chooser
 from server.errors import invalid_request
 from server.exchange import while_connected
+from server.profiles import profile_of
 from server.prompts import chat_prompt, check_length, off_loop
 from server.schemas import ChatRequest, GenerationFields, Wire, parse_chat, validate
 from server.schemas.base import INT64_MAX
@@ -28,7 +30,7 @@ MAX_IDS = 1 << 20
 
 
 class TokenizeRequest(Wire):
-    """``prompt`` or ``messages``; the adapter is checked, though all share one tokenizer."""
+    """``prompt`` or ``messages``; all adapters share one tokenizer, but a profile may bring a system prompt."""
 
     model: str | None = None
     prompt: str | None = None
@@ -57,16 +59,18 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of a chat with its template and pictures."""
     body = await read_object(request)
     fields = validate(TokenizeRequest, {key: value for key, value in body.items() if value is not None})
-    _check_model(fields.model, request)
-    return await while_connected(request, _tokenize(fields, body, state_of(request)))
+    adapter = _adapter(fields.model, request)
+    return await while_connected(request, _tokenize(fields, body, adapter, state_of(request)))
 
 
-async def _tokenize(fields: TokenizeRequest, body: dict[str, object], state: ServerState) -> Response:
+async def _tokenize(
+    fields: TokenizeRequest, body: dict[str, object], adapter: AdapterRef, state: ServerState
+) -> Response:
     if fields.prompt is not None:
         check_length(len(fields.prompt), state.max_model_len, "prompt")
         ids: list[int] = await off_loop(partial(state.processor.encode, fields.prompt), "prompt")
     else:
-        ids = list((await chat_prompt(_as_chat(body), state)).ids)
+        ids = list((await chat_prompt(_as_chat(body), state, profile_of(adapter, state))).ids)
     reply: dict[str, object] = {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids}
     reply["token_strs"] = [_text(i, state) for i in ids] if fields.return_token_strs else None
     return Response(orjson.dumps(reply), media_type="application/json")
@@ -85,7 +89,7 @@ def _text(token_id: int, state: ServerState) -> str:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens spelt out."""
     fields = validate(DetokenizeRequest, await read_object(request))
-    _check_model(fields.model, request)
+    _adapter(fields.model, request)
     state = state_of(request)
     if any(token >= state.processor.vocab_size for token in fields.tokens):
         raise invalid_request(f"`tokens` are ids from 0 to {state.processor.vocab_size - 1}", "tokens")
@@ -94,9 +98,9 @@ async def detokenize(request: Request) -> Response:
     return Response(orjson.dumps({"prompt": text}), media_type="application/json")
 
 
-def _check_model(model: str | None, request: Request) -> None:
-    """An unknown name is a 404 here too."""
+def _adapter(model: str | None, request: Request) -> AdapterRef:
+    """An unknown name is a 404 here too. An alias that is split counts as its own version."""
     state = state_of(request)
     may_use = caller_of(request).may_use
     chooser = Chooser(state.registry, state.base.name, may_use, state.settings.max_rank)
-    chooser.choose(GenerationFields(model=model), request.headers.get(HEADER))
+    return chooser.choose(GenerationFields(model=model), request.headers.get(HEADER)).refs[0]

@@ -165,6 +165,19 @@ def test_tools_put_a_profile_s_response_format_aside(surface: Surface, client: h
     assert grammar is None or grammar.kind != "json_object"
 
 
+def test_counting_tokens_counts_the_profile_s_system_prompt(client: httpx2.Client) -> None:
+    def count(**body: Any) -> int:
+        return int(client.post("/tokenize", json={"model": "a", "messages": TURN, **body}).json()["count"])
+
+    without = count()
+    patch(client, "a", {"system_prompt": "Be brief."})
+    assert count() >= without + len("Be brief.")
+    own = [{"role": "system", "content": "x"}, *TURN]
+    with_own = count(messages=own)
+    patch(client, "a", None)
+    assert count(messages=own) == with_own
+
+
 # ---- setting it
 
 

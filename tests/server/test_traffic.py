@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from engine.errors import DeadlineExceeded, StepFailed
 from engine.request import GenerationRequest
 from server.keys import Caller, Key, KeyRing, hash_key
 from server.shadows import MAX_PENDING, Shadows, shared_prefix
-from tests.fakes import Item, delta, finish
+from tests.fakes import Item, delta, finish, say
 from tests.support.surface import Surface, client_of, make_surface
 
 TURN = [{"role": "user", "content": "hello"}]
@@ -110,6 +112,37 @@ def test_moving_the_alias_or_ending_the_split_sends_all_to_one(client: httpx2.Cl
     split(client, {"1": 1, "2": 1})
     client.post("/v1/adapters/prod/rollback")
     assert {served_by(client) for _ in range(8)} == {"a@1"}
+
+
+def test_requests_in_flight_keep_their_version(client: httpx2.Client, surface: Surface) -> None:
+    begun, go_on = threading.Event(), asyncio.Event()
+
+    def script(request: GenerationRequest) -> Iterator[Item]:
+        yield delta(str(request.adapter))
+        begun.set()
+        yield go_on
+        yield finish(request, 1)
+
+    surface.engine.script = script
+    split(client, {"1": 0, "2": 1})
+    replies: list[httpx2.Response] = []
+
+    def ask() -> None:
+        body = {"model": "prod", "messages": TURN}
+        with client_of(surface) as other:  # a loop of its own, on which it is let go on
+            replies.append(other.post("/v1/chat/completions", json=body))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(10)
+    assert split(client, {"1": 1, "2": 0}).status_code == 200
+    client.delete("/v1/adapters/a@2")
+    surface.engine.script = say("ok")
+    assert served_by(client) == "a@1"
+    go_on.set()
+    thread.join(10)
+    assert replies[0].headers["x-adapter"] == "a@2"
+    assert replies[0].json()["choices"][0]["message"]["content"] == "a@2"
 
 
 def test_a_deleted_version_s_share_goes_to_the_others(client: httpx2.Client) -> None:
@@ -259,8 +292,6 @@ def test_a_copy_that_fails_or_finds_no_time_is_counted_and_harms_nobody(
 
 
 def test_only_so_many_copies_wait(client: httpx2.Client, surface: Surface) -> None:
-    import asyncio
-
     surface.engine.script = by_version({1: "abcd", 2: [asyncio.Event()]})
     split(client, {"1": 1}, shadow={"version": 2})
     for _ in range(MAX_PENDING + 3):
