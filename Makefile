@@ -1,12 +1,13 @@
 # Two commands matter: `make serve` and `make test`. Both need only Python 3.11+ and make.
 # Overridable: HOST, PORT, BASE (pocket, a hub id or a folder), ARGS (more flags of `lorikeet serve`),
-# TEST_ARGS (more flags of pytest), PYTHON, VENV, TORCH_INDEX (see deploy/torch_index.py).
+# TEST_ARGS (more flags of pytest), TEST_WORKERS (0 is one process), PYTHON, VENV, TORCH_INDEX (see deploy/torch_index.py).
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 BASE ?= pocket
 ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 VENV ?= .venv
 IS_OURS := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3.14 python; do \
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 help:
 	@echo "make serve     install into $(VENV) if needed, then serve at http://$(HOST):$(PORT)   [HOST, PORT, BASE, ARGS]"
-	@echo "make test      the whole test suite                                            [TEST_ARGS]"
+	@echo "make test      the whole test suite                                            [TEST_ARGS, TEST_WORKERS]"
 	@echo "make lint      ruff check, ruff format --check, mypy --strict"
 	@echo "make docs      write what the documentation repeats from the code"
 	@echo "make format    let ruff rewrite what it can"
@@ -32,7 +33,7 @@ serve: $(VENV)/.installed
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
