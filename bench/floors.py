@@ -123,15 +123,39 @@ def lora_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
     return max(num_bytes / machine.bytes_per_s, 2.0 * step.rows * weights / machine.lora_flops_per_s)
 
 
-def possible_ratio(shape: LanguageShape, step: Step, machine: Machine) -> float:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computed: so many prompt tokens at once, and output tokens in steps of ``step.rows`` rows."""
+
+    prompt_tokens: float
+    output_tokens: float
+    step: Step
+
+
+def base_run_seconds(shape: LanguageShape, work: Work, machine: Machine) -> float:
+    """The floor of a run on the base alone: prompts by operations, answers step by step."""
+    prompts = 2.0 * work.prompt_tokens * shape.num_linear_weights / machine.flops_per_s
+    return prompts + work.output_tokens / work.step.rows * base_seconds(shape, work.step, machine)
+
+
+def lora_run_seconds(shape: LanguageShape, work: Work, machine: Machine) -> float:
+    """What adapters add to it at least."""
+    if not work.step.num_adapters:
+        return 0.0
+    weights = shape.num_lora_weights(work.step.rank, work.step.targets)
+    prompts = 2.0 * work.prompt_tokens * weights / machine.lora_flops_per_s
+    return prompts + work.output_tokens / work.step.rows * lora_seconds(shape, work.step, machine)
+
+
+def possible_ratio(shape: LanguageShape, work: Work, machine: Machine) -> float:
     """Of throughput with adapters to the base's: 1 is free."""
-    base = base_seconds(shape, step, machine)
-    return base / (base + lora_seconds(shape, step, machine))
+    base = base_run_seconds(shape, work, machine)
+    return base / (base + lora_run_seconds(shape, work, machine))
 
 
-def lora_efficiency(measured_ratio: float, shape: LanguageShape, step: Step, machine: Machine) -> float:
+def lora_efficiency(measured_ratio: float, shape: LanguageShape, work: Work, machine: Machine) -> float:
     """The measured ratio as a share of the possible one."""
-    return measured_ratio / possible_ratio(shape, step, machine)
+    return measured_ratio / possible_ratio(shape, work, machine)
 
 
 def floor_tokens_per_s(shape: LanguageShape, step: Step, machine: Machine) -> float:

@@ -12,6 +12,7 @@ from bench.floors import (
     LanguageShape,
     Machine,
     Step,
+    Work,
     base_seconds,
     floor_tokens_per_s,
     lora_efficiency,
@@ -160,15 +161,22 @@ def test_decode_floors_are_those_of_one_large_gpu(
 
 
 def test_efficiency_is_one_where_the_possible_ratio_is_reached() -> None:
-    step = Step(32, 8)
-    ratio = possible_ratio(SHAPE_3B, step, H100)
+    work = Work(0, 32_000, Step(32, 8))
+    ratio = possible_ratio(SHAPE_3B, work, H100)
     assert 0.8 < ratio < 0.9
-    assert lora_efficiency(ratio, SHAPE_3B, step, H100) == pytest.approx(1.0)
-    assert possible_ratio(SHAPE_3B, Step(32), H100) == 1.0
+    assert lora_efficiency(ratio, SHAPE_3B, work, H100) == pytest.approx(1.0)
+    assert possible_ratio(SHAPE_3B, replace(work, step=Step(32)), H100) == 1.0
     slow = Machine(3.0e12, 1e12, 1e12)  # operations decide
-    assert base_seconds(SHAPE_3B, step, slow) == pytest.approx(
+    assert base_seconds(SHAPE_3B, work.step, slow) == pytest.approx(
         2 * 32 * (SHAPE_3B.num_linear_weights + SHAPE_3B.num_head_weights) / 1e12
     )
+
+
+def test_long_prompts_leave_adapters_their_share_of_operations_alone() -> None:
+    """Rank 16 on all linears of the 3B shape is 1.08 % of its weights: so much does a prompt cost more."""
+    ratio = possible_ratio(SHAPE_3B, Work(1e6, 0, Step(1, 1)), H100)
+    assert ratio == pytest.approx(1 / (1 + SHAPE_3B.num_lora_weights(16) / SHAPE_3B.num_linear_weights))
+    assert 0.98 < ratio < 0.99
 
 
 def test_a_shape_is_read_from_both_layouts(tmp_path: Path) -> None:
