@@ -68,11 +68,13 @@ class Mover:
         self._on_ready = on_ready
         self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lorikeet-mover")
-        self._lock = threading.Lock()  # guards the four below; never held while reading or copying
+        self._lock = threading.Lock()  # guards the five below; never held while reading or copying
         self._host = HostTier(host_bytes)
         self._reads: dict[str, _Read] = {}
         self._ready: list[_Ready] = []
         self._prefetched: dict[AdapterRef, AdapterError | None] = {}
+        self._ahead_s: dict[str, float] = {}
+        """Seconds of reads ahead whose load has not come yet: it reports them as its own."""
         self._loading: dict[int, Load] = {}  # by slot; the engine's thread only
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
@@ -97,7 +99,8 @@ class Mover:
         with self._lock:
             staged = self._host.get(load.ref)
             if staged is not None:
-                self._ready.append(_Ready(load, staged, 0.0, Tier.HOST))
+                read_s = self._ahead_s.pop(load.ref.digest, 0.0)
+                self._ready.append(_Ready(load, staged, read_s, Tier.HOST))
         if staged is not None:
             self._on_ready()
         else:
@@ -157,6 +160,7 @@ class Mover:
         with self._lock:
             if ref.digest in self._reads:
                 self._reads[ref.digest].keeps = False
+            self._ahead_s.pop(ref.digest, None)
             return self._host.pop(ref)
 
     def close(self) -> None:
@@ -180,6 +184,8 @@ class Mover:
             error_of_ours = outcome if isinstance(outcome, AdapterError) else None
             self._prefetched |= dict.fromkeys(read.prefetches, error_of_ours)
             read_s = time.monotonic() - read.begin_s
+            if not read.loads and ref in self._host:
+                self._ahead_s[ref.digest] = read_s
             self._ready += [_Ready(load, outcome, read_s, Tier.DISK) for load in read.loads]
         self._on_ready()
 

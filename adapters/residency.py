@@ -54,7 +54,7 @@ class Moved:
     move: Load
     num_bytes: int
     seconds: Mapping[str, float]
-    """By stage: ``read`` (from disk, checked and prepared; 0 from the host tier) and ``copy`` (into the slot)."""
+    """By stage: ``read`` (from disk, checked; 0 if the host tier had it longer) and ``copy`` (into the slot)."""
     origin: Tier = Tier.DISK
     proof: Proof | None = None
     """What its package lets a server check; None where it says nothing."""

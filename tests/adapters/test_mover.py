@@ -259,3 +259,13 @@ def test_residency_and_mover_serve_more_adapters_than_slots(make_desk: MakeDesk)
         assert {r.slot for r in residency.residents()} == {s for s in range(2) if desk.bank.is_loaded(s)}
         assert any(residency.slot_of(ref) is not None for ref in wanted)
     assert desk.mover.host_num_bytes <= 4 * ONE
+
+
+def test_the_time_of_a_read_ahead_is_the_loads_that_follows_and_told_once(make_desk: MakeDesk) -> None:
+    desk = make_desk()
+    a = make_ref("a")
+    desk.mover.prefetch(a)
+    assert desk._ready.acquire(timeout=TIMEOUT_S)
+    first, second = desk.load(a, 0), desk.load(a, 1)
+    assert isinstance(first, Moved) and isinstance(second, Moved)
+    assert first.seconds["read"] > 0 and second.seconds["read"] == 0
