@@ -25,6 +25,7 @@ class HostTier:
         self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
         self._refs: dict[str, set[AdapterRef]] = {}
         self._steady: set[str] = set()
+        self._evicted: list[AdapterRef] = []
         self.num_bytes = 0
 
     def refs(self) -> frozenset[AdapterRef]:
@@ -47,10 +48,17 @@ class HostTier:
             return
         self.pop(ref)
         while self.num_bytes + staged.num_bytes > self._max_bytes:
-            self._drop(self._victim())
+            victim = self._victim()
+            self._evicted += self._refs[victim]
+            self._drop(victim)
         self.num_bytes += staged.num_bytes
         self._staged[ref.digest] = staged
         self._refs[ref.digest] = {ref}
+
+    def take_evicted(self) -> list[AdapterRef]:
+        """Those that had to leave for others since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def pop(self, ref: AdapterRef) -> int:
         """The bytes that it freed."""

@@ -200,6 +200,10 @@ class Mover:
         with self._lock:
             return self._host.refs()
 
+    def take_evicted_from_host(self) -> list[AdapterRef]:
+        with self._lock:
+            return self._host.take_evicted()
+
     def is_on_host(self, ref: AdapterRef) -> bool:
         with self._lock:
             return ref in self._host

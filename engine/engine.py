@@ -22,7 +22,7 @@ from engine.executor import Executor, Outcome, PhaseClock
 from engine.fairness import foreground
 from engine.lifecycle import Lifecycle
 from engine.messages import Abort, Failed, Inbound, LoadAdapter, Outbound, Stop, Submit, UnloadAdapter, Wake
-from engine.observer import AdapterLookup, ImageLookup, Observer, StepDone
+from engine.observer import ImageLookup, Observer, StepDone
 from engine.request import GenerationRequest
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -122,8 +122,7 @@ class Engine:
         self._sequences[sequence.request_id] = sequence
         self._scheduler.add(sequence)
         is_on_device = self._lifecycle.is_on_device(sequence)
-        if not sequence.adapter.is_base and not sequence.request.is_background:
-            self._observer.record(AdapterLookup(sequence.adapter, is_on_device))
+        self._lifecycle.look_up(sequence, is_on_device, self._swaps.is_on_host(sequence.adapter))
         absent = self._lifecycle.absent_versions(sequence)
         if absent and not self._config.load_on_demand:
             cause = AdapterNotLoaded(absent[0].name)

@@ -15,6 +15,7 @@ from engine.executor import Outcome
 from engine.grammar import GrammarCompiler
 from engine.messages import Failed, Finished, FinishReason, Outbound, Started, Timings, Tokens, Usage
 from engine.observer import (
+    AdapterLookup,
     EndReason,
     Event,
     FirstToken,
@@ -61,6 +62,10 @@ class Lifecycle:
 
     def is_on_device(self, sequence: Sequence) -> bool:
         return sequence.adapter.is_base or self._residency.slot_of(sequence.adapter) is not None
+
+    def look_up(self, sequence: Sequence, is_on_device: bool, is_on_host: bool) -> None:
+        if not sequence.adapter.is_base:
+            self._tell(sequence, AdapterLookup(sequence.adapter, is_on_device, is_on_host))
 
     def absent_versions(self, sequence: Sequence) -> list[AdapterRef]:
         """Those that would have to be loaded for it. A composition may be made of what others have loaded."""

@@ -92,14 +92,16 @@ class AdapterMoveFailed:
 class AdapterEvicted:
     ref: AdapterRef
     reason: Literal["lru", "unload"]
+    tier: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLookup:
-    """A sequence was born: was its adapter on the device?"""
+    """A sequence was born: was its adapter on the device, and was it in host memory?"""
 
     ref: AdapterRef
     was_on_device: bool
+    was_on_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)

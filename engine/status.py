@@ -44,6 +44,15 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """What adapters take in the tiers; changes only when one moves."""
+
+    host_bytes: int
+    host_refs: frozenset[AdapterRef]
+    slot_bank_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class SwapsPicture:
     """The adapters' part of a picture."""
 

@@ -26,7 +26,7 @@ from engine.observer import (
 from engine.probe import Probe
 from engine.readahead import ReadAhead
 from engine.replay import Replay
-from engine.status import SlotStatus, SwapsPicture
+from engine.status import Sizes, SlotStatus, SwapsPicture
 
 logger = logging.getLogger("lorikeet.engine")
 
@@ -37,13 +37,6 @@ Reply = LoadReport | UnloadReport | Exception
 class PendingUnload:
     message: UnloadAdapter
     deadline_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    host_bytes: int
-    host_refs: frozenset[AdapterRef]
-    slot_bank_bytes: int
 
 
 class AdapterSwaps:
@@ -69,6 +62,9 @@ class AdapterSwaps:
     def draining(self) -> set[AdapterRef]:
         """Adapters that get no new sequences because someone is unloading them."""
         return {pending.message.ref for pending in self._unloads}
+
+    def is_on_host(self, ref: AdapterRef) -> bool:
+        return self._mover.is_on_host(ref)
 
     @property
     def has_pending(self) -> bool:
@@ -210,12 +206,16 @@ class AdapterSwaps:
             self._observer.record(AdapterEvicted(ref, "unload"))
         freed -= self._bank.num_bytes  # what the bank gave back: pages that others still use stay
         report = UnloadReport(ref, freed, self._mover.forget(ref))
+        if report.freed_host_bytes:
+            self._observer.record(AdapterEvicted(ref, "unload", "host"))
         self._weigh()
         logger.info("adapter.unloaded ref=%s device_bytes=%d", ref, freed)
         return report
 
     def _weigh(self) -> None:
         """Sizes change only when an adapter moves; the picture of each step takes them from here."""
+        for ref in self._mover.take_evicted_from_host():
+            self._observer.record(AdapterEvicted(ref, "lru", "host"))
         self._slot_bytes = {i: self._bank.slot_bytes(i) for i in range(self._bank.num_slots)}
         self._sizes = Sizes(self._mover.host_num_bytes, self._mover.host_refs(), self._bank.num_bytes)
 

@@ -101,7 +101,8 @@ class Instruments:
         for outcome in ("ok", "failed"):
             self.adapter_loads.labels(outcome)
         for counter in (self.adapter_hits, self.adapter_misses):
-            counter.labels("device")
+            for tier in ("device", "host"):
+                counter.labels(tier)
 
     def _of_vllm(self) -> None:
         def table(name: str, bounds: tuple[float, ...]) -> LatencyTable:

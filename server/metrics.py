@@ -115,7 +115,7 @@ class Metrics:
                 counters.adapter_loads.labels("failed").inc()
                 counters.adapter_load_failures.labels(event.reason).inc()
             case AdapterEvicted():
-                counters.adapter_evictions.labels("device", event.reason).inc()
+                counters.adapter_evictions.labels(event.tier, event.reason).inc()
             case ImageLookup():
                 (counters.image_hits if event.was_cached else counters.image_misses).inc()
             case ImagesEncoded():
@@ -154,11 +154,12 @@ class Metrics:
 
     def _looked_up(self, event: AdapterLookup) -> None:
         self.labels.use(event.ref)
-        if not event.ref.is_base:
-            counter = (
-                self._instruments.adapter_hits if event.was_on_device else self._instruments.adapter_misses
-            )
-            counter.labels("device").inc()
+        if event.ref.is_base:
+            return
+        hits, misses = self._instruments.adapter_hits, self._instruments.adapter_misses
+        (hits if event.was_on_device else misses).labels("device").inc()
+        if not event.was_on_device:
+            (hits if event.was_on_host else misses).labels("host").inc()
 
     def _moved(self, event: AdapterMoved) -> None:
         self._instruments.adapter_loads.labels("ok").inc()

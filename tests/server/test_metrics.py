@@ -145,6 +145,12 @@ def test_adapter_and_image_events_are_counted(metrics: Metrics) -> None:
     record(metrics, AdapterEvicted(ref, "lru"), AdapterEvicted(ref, "unload"), AdapterLookup(ref, False))
     record(
         metrics,
+        AdapterEvicted(ref, "lru", "host"),
+        AdapterLookup(ref, False, True),
+        AdapterLookup(ref, True, True),
+    )
+    record(
+        metrics,
         ImageLookup(True),
         ImageLookup(False),
         ImagesEncoded(2, 100, 0.2),
@@ -155,8 +161,11 @@ def test_adapter_and_image_events_are_counted(metrics: Metrics) -> None:
     assert value(metrics, "lorikeet_adapter_load_failures_total", reason="non_finite") == 1
     assert value(metrics, "lorikeet_adapter_load_seconds_sum", stage="copy") == pytest.approx(0.02)
     assert value(metrics, "lorikeet_adapter_evictions_total", tier="device", reason="unload") == 1
-    assert value(metrics, "lorikeet_adapter_cache_misses_total", tier="device") == 1
-    assert value(metrics, "lorikeet_adapter_cache_hits_total", tier="device") == 0
+    assert value(metrics, "lorikeet_adapter_evictions_total", tier="host", reason="lru") == 1
+    assert value(metrics, "lorikeet_adapter_cache_misses_total", tier="device") == 2
+    assert value(metrics, "lorikeet_adapter_cache_hits_total", tier="device") == 1
+    assert value(metrics, "lorikeet_adapter_cache_misses_total", tier="host") == 1
+    assert value(metrics, "lorikeet_adapter_cache_hits_total", tier="host") == 1
     assert value(metrics, "lorikeet_image_cache_hits_total") == 1
     assert value(metrics, "lorikeet_image_encode_seconds_count") == 1
     assert value(metrics, "lorikeet_step_retries_total") == 1
