@@ -34,7 +34,7 @@ RENAMED: Mapping[str, str] = {
     "train_file": "data", "dataset": "data", "datasets": "data",
     "validation_file": "eval", "eval_dataset": "eval", "eval_data": "eval",
     "val_size": "eval_split", "val_set_size": "eval_split", "test_size": "eval_split",
-    "image_folder": "data_root", "media_dir": "data_root", "adapter_name": "name",
+    "torch_dtype": "precision", "image_folder": "data_root", "media_dir": "data_root", "adapter_name": "name",
 }  # fmt: skip
 
 _BASE_IS_SHARED = (
@@ -76,10 +76,17 @@ FIXED: Mapping[str, Fixed] = {
     "peft_type": Fixed(("LORA", None), "the adapter is a LoRA"),
     "adapter": Fixed(("lora", "qlora"), "the adapter is a LoRA on a 4-bit base"),
     "finetuning_type": Fixed(("lora",), "the adapter is a LoRA on a 4-bit base"),
+    "train_type": Fixed(("lora",), "the adapter is a LoRA on a 4-bit base"),
+    "freeze_vit": Fixed((True,), "to train the tower add the preset vision"),
+    "freeze_aligner": Fixed((True,), "to train the merger add the preset merger"),
     "stage": Fixed(("sft",), "training is supervised; stretches of a run are called stages"),
     "do_train": Fixed((True,), "the command trains"),
     "group_by_length": Fixed((True,), "batches are grouped by length always"),
     "remove_unused_columns": Fixed((False, None), "the data's own reader decides on columns"),
+    "sample_packing": Fixed(
+        (True, False, None), "rows of a batch are packed without attending to one another always"
+    ),
+    "chat_template": Fixed(("qwen2_vl", "qwen2_5_vl", "qwen2-vl"), "the chat template is the base's own"),
     "template": Fixed(("qwen2_vl", "qwen2_5_vl", "qwen2-vl"), "the chat template is the base's own"),
 }
 """Other trainers' switches with only one position here."""
@@ -89,6 +96,24 @@ _OPTIMIZERS: Mapping[str, str] = {
     "adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_8bit",
 }  # fmt: skip
 _PRECISIONS: Mapping[str, str] = {"bfloat16": "bf16", "float32": "fp32", "32": "fp32", "bf16-mixed": "bf16"}
+
+_SPEED = "it decides how fast rows are read or multiplied, not what is learnt"
+_PLACE = "the run folder is --out, and --overwrite empties it"
+_OWN = "the base, its processor and its chat template are read as they are served"
+_PERIODS = "evaluations are eval_steps apart, else at the end of each pass; checkpoints are save_steps apart"
+_SHOWN = "the log, the plot and report_to say what is shown"
+IDLE: Mapping[str, str] = {
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_num_proc", "dataloader_num_workers"), _SPEED),
+    **dict.fromkeys(("dataloader_pin_memory", "overwrite_cache", "tf32", "ddp_timeout"), _SPEED),
+    **dict.fromkeys(("flash_attention", "flash_attn", "attn_impl", "attn_implementation"), _SPEED),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size", "pad_to_sequence_len"), _SPEED),
+    **dict.fromkeys(("output_dir", "overwrite_output_dir"), _PLACE),
+    **dict.fromkeys(("trust_remote_code", "processor_type", "skip_prepare_dataset"), _OWN),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "save_strategy"), _PERIODS),
+    **dict.fromkeys(("plot_loss", "logging_first_step", "wandb_project", "wandb_name", "run_name"), _SHOWN),
+}
+"""Other trainers' keys that decide nothing of the adapter: in a file they are left out with a note."""
+_ROW_FILE = frozenset({"path", "type", "ds_type"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +132,13 @@ def translate(key: str, value: object) -> Renamed:
     """
     if key in FIXED:
         return _fixed(key, value)
+    if key in IDLE:
+        return Renamed(None, value, f"{key} is left out: {IDLE[key]}")
     if key == "bf16":
         return _bf16(value)
-    if key == "lora_target" and value == "all":
+    if RENAMED.get(key) == "targets" and value in ("all", "all-linear"):
         return Renamed(
-            "preset", ["language"], "lora_target all is preset language here: the tower stays frozen"
+            "preset", ["language"], f"{key} {value} is preset language here: the tower stays frozen"
         )
     part, dot, own = key.rpartition(".")
     name = RENAMED.get(key) or (f"{part}.{RENAMED[own]}" if dot and own in RENAMED else key)
@@ -137,6 +164,8 @@ def _bf16(value: object) -> Renamed:
 
 
 def _value(name: str, value: object) -> object:
+    if name in ("data", "eval") and isinstance(value, list) and value:
+        return _files(value)
     if name == "targets" and isinstance(value, list | tuple):
         return ",".join(str(item) for item in value)
     if name == "optimizer":
@@ -146,3 +175,11 @@ def _value(name: str, value: object) -> object:
     if name == "report_to" and value in ("none", ["none"]):
         return []
     return value
+
+
+def _files(items: list[object]) -> list[object]:
+    """Of axolotl's ``{path: rows.jsonl, type: ...}`` the path: a file's format is found from its rows."""
+    return [
+        item["path"] if isinstance(item, Mapping) and "path" in item and set(item) <= _ROW_FILE else item
+        for item in items
+    ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from training.recipe import FieldDoc, PartRecipe, Recipe, Stage, doc_of
 from training.recipe_file import FOLDER, bundled
 from training.recipe_flags import default_of
-from training.recipe_names import FIXED, RENAMED
+from training.recipe_names import FIXED, IDLE, RENAMED
 from training.recipe_sources import KEYS
 
 
@@ -57,7 +57,10 @@ def names_table() -> str:
     fixed = [
         f"| {', '.join(f'`{name}`' for name in FIXED)} | read only with the value that this trainer has anyway |"
     ]
-    return "\n".join(["| here | elsewhere |", "|---|---|", *renamed, "", "| name | |", "|---|---|", *fixed])
+    idle = f"| {', '.join(f'`{name}`' for name in IDLE)} | left out of a file, with a note: they decide nothing of it |"
+    return "\n".join(
+        ["| here | elsewhere |", "|---|---|", *renamed, "", "| name | |", "|---|---|", *fixed, idle]
+    )
 
 
 SECTIONS: Mapping[str, Callable[[], str]] = {

@@ -18,7 +18,7 @@ from training.failures import breaking, refusing
 from training.linter import advise
 from training.outcome import Refused
 from training.recipe import Recipe
-from training.recipe_sources import ResolvedRecipe
+from training.recipe_sources import RecipeError, ResolvedRecipe
 from training.run_begin import HUB, Surroundings
 from training.run_data import RunData, gather
 from training.run_plan import foresee
@@ -84,6 +84,11 @@ def _check(request: SweepRequest, around: Surroundings) -> None:
             raise Refused(
                 f"the grid changes {key}, which all experiments of a sweep share: run one sweep for each"
             )
+    for experiment in request.experiments:
+        try:
+            request.resolve(experiment.changes)
+        except RecipeError as error:
+            raise Refused(f"experiment {experiment.name}: {error}") from error
 
 
 def _check_judged(recipe: Recipe, data: RunData) -> None:

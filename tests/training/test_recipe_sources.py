@@ -305,3 +305,85 @@ def test_any_value_is_read_or_refused_and_nothing_else(
         assert key.partition(".")[0] in problem
     else:
         assert resolved.origins[key] != "default"
+
+
+OTHERS = {
+    "llama_factory": """
+model_name_or_path: pocket
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: rows.jsonl
+template: qwen2_vl
+cutoff_len: 1024
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: saves
+plot_loss: true
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+bf16: true
+ddp_timeout: 180000000
+eval_strategy: steps
+""",
+    "axolotl": """
+base_model: pocket
+processor_type: AutoProcessor
+sample_packing: false
+chat_template: qwen2_vl
+datasets:
+  - path: rows.jsonl
+    type: chat_template
+adapter: lora
+sequence_len: 1024
+lora_r: 8
+gradient_accumulation_steps: 8
+micro_batch_size: 1
+num_epochs: 3
+learning_rate: 0.0001
+bf16: true
+tf32: true
+wandb_project:
+""",
+    "swift": """
+model: pocket
+train_type: lora
+dataset: rows.jsonl
+torch_dtype: bfloat16
+num_train_epochs: 3
+per_device_train_batch_size: 1
+learning_rate: 1e-4
+lora_rank: 8
+target_modules: all-linear
+freeze_vit: true
+gradient_accumulation_steps: 8
+max_length: 1024
+dataloader_num_workers: 4
+""",
+}
+
+
+def test_whole_recipes_of_other_trainers_are_read(tmp_path: Path) -> None:
+    read = []
+    for name, text in OTHERS.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        resolved = resolve_recipe(path, {})
+        assert any("is left out" in note for note in resolved.notes)
+        read.append(resolved.recipe)
+    assert (read[0].data, read[0].preset, read[0].r, read[0].precision) == (
+        ("rows.jsonl",),
+        ("language",),
+        8,
+        "bf16",
+    )
+    assert read[0] == read[1] == read[2]
+    (tmp_path / "samples.yaml").write_text("max_samples: 1000", encoding="utf-8")
+    with pytest.raises(RecipeError, match="max_samples"):  # it would train on other rows
+        resolve_recipe(tmp_path / "samples.yaml", {})
