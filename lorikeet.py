@@ -1,4 +1,4 @@
-"""The command line's door: `lorikeet serve | train-adapter | adapters | chat | plan | sweep | doctor | version`.
+"""The command line's door: `lorikeet serve | train-adapter | adapters | chat | plan | sweep | bench | doctor | ...`.
 
 Owns the way in, and the one joint of the rooms: training judges adapters by the engine that serves, and may not import
 it, so it is handed over here. It puts the folder that it lies in first on the import path, because `adapters` is also
@@ -28,7 +28,8 @@ def main() -> None:
 
 @cache
 def command_line() -> typer.Typer:
-    """The server's commands and the making's, as one."""
+    """The server's commands, the making's and the bench's, as one."""
+    from bench.cli import app as bench
     from server.cli import app
     from server.commands import adapters
     from training.cli import add_commands
@@ -36,6 +37,7 @@ def command_line() -> typer.Typer:
 
     add_commands(app, serving_engine)
     register(adapters.app, serving_engine)
+    app.add_typer(bench, name="bench")
     return app
 
 

@@ -109,7 +109,7 @@ def _beside(endpoint: Endpoint, hosts: Trace, guests: Trace, plan: Plan) -> dict
     """The hosts alone, and then with guests that come when all hosts decode."""
     _run(endpoint, hosts)  # adapters are loaded, caches as they will be
     quiet = _run(endpoint, hosts)
-    loud, _ = asyncio.run(_together(endpoint, hosts, guests))
+    loud, _ = asyncio.run(_together(endpoint, hosts, guests, _begun_s(quiet, hosts)))
     _require(loud, endpoint)
     calm, busy = measure(quiet, plan.slo), measure(loud, plan.slo)
     figures = {
@@ -123,24 +123,19 @@ def _beside(endpoint: Endpoint, hosts: Trace, guests: Trace, plan: Plan) -> dict
     return figures | {"throughput_ratio": busy["output_tokens_per_s"] / calm["output_tokens_per_s"]}
 
 
-async def _together(endpoint: Endpoint, hosts: Trace, guests: Trace) -> tuple[Run, Run]:
-    """Guests are let in when half of the hosts' first tokens may be there: after a quarter of a first run's time."""
-    begun = asyncio.Event()
-
+async def _together(endpoint: Endpoint, hosts: Trace, guests: Trace, after_s: float) -> tuple[Run, Run]:
     async def come_later() -> Run:
-        await begun.wait()
+        await asyncio.sleep(after_s)
         return await Load(endpoint).send_async(guests)
 
-    async def host() -> Run:
-        asyncio.get_running_loop().call_later(GUESTS_AFTER_S, begun.set)
-        return await Load(endpoint).send_async(hosts)
-
-    loud, other = await asyncio.gather(host(), come_later())
+    loud, other = await asyncio.gather(Load(endpoint).send_async(hosts), come_later())
     return loud, other
 
 
-GUESTS_AFTER_S = 0.5
-"""Hosts have begun by then, and are not done: they are asked for four times the longest answer."""
+def _begun_s(quiet: Run, hosts: Trace) -> float:
+    """When all hosts decode, from how it was when nobody else was there."""
+    begin_s = min(streamed.sent_s for streamed in quiet.streams)
+    return max(streamed.token_times[0] for streamed in quiet.streams[: hosts.num_streams]) - begin_s
 
 
 # ---- pairs

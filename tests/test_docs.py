@@ -29,7 +29,14 @@ METRICS = (ROOT / "docs" / "metrics.md").read_text("utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text("utf-8")
 MAKING = "".join(
     (ROOT / "docs" / name).read_text("utf-8")
-    for name in ("cookbook.md", "recipes.md", "evaluation.md", "packages.md", "adapter-tools.md")
+    for name in (
+        "cookbook.md",
+        "recipes.md",
+        "evaluation.md",
+        "packages.md",
+        "adapter-tools.md",
+        "benchmarks.md",
+    )
 )
 
 
@@ -163,11 +170,22 @@ def test_every_command_is_documented_and_has_help(command: str) -> None:
 
 def test_every_command_that_the_texts_name_exists() -> None:
     known = set(commands())
-    named = re.findall(r"lorikeet (adapters [a-z]+|[a-z-]+)", README + OPERATIONS + API + MAKING)
-    nouns = {"serve", "chat", "doctor", "version", "adapters", "top", "train-adapter", "plan", "sweep"}
+    named = re.findall(r"lorikeet ((?:adapters|bench) [a-z]+|[a-z-]+)", README + OPERATIONS + API + MAKING)
+    nouns = {
+        "serve",
+        "chat",
+        "doctor",
+        "version",
+        "adapters",
+        "top",
+        "train-adapter",
+        "plan",
+        "sweep",
+        "bench",
+    }
     for words in named:
         if words.split()[0] in nouns:
-            assert f"lorikeet {words}" in known or words in {"adapters"}, words
+            assert f"lorikeet {words}" in known or words in {"adapters", "bench"}, words
 
 
 # ---- the readme

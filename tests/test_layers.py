@@ -25,7 +25,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "training": ("base", "adapters"),
     "bench": (),
     # The composition root of the command line: hands training the engine by which adapters are judged.
-    "lorikeet": ("server", "training", "engine.offline", "base.model"),
+    "lorikeet": ("server", "training", "bench.cli", "engine.offline", "base.model"),
 }
 """What a room may import of ours, besides itself; a dotted name allows that module only."""
 
