@@ -6,54 +6,46 @@ it needs when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from bench.cells import Plan
-    from bench.endpoint import Endpoint
-    from bench.results import Result
+from bench.options import (
+    Adapters,
+    AgainstBase,
+    ApiKey,
+    AsJson,
+    Base,
+    Calls,
+    Label,
+    Model,
+    Names,
+    NamingOption,
+    Ours,
+    Out,
+    Rate,
+    Repeats,
+    Root,
+    ServeFlags,
+    Size,
+    SloFirst,
+    SloToken,
+    Url,
+    Where,
+    keep,
+    known,
+    make_plan,
+    reach,
+    teller,
+    told,
+)
 
 app = typer.Typer(
     help="Measure: workloads, peers, kernels; and report what was measured.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Names = Annotated[
-    list[str] | None, typer.Argument(help="Workloads or scenarios; `lorikeet bench list` has them.")
-]
-Size = Annotated[str, typer.Option(help="smoke, pocket, small (0.5B-like on two cores) or full (GPU).")]
-Repeats = Annotated[int, typer.Option(min=1, help="Runs of each, after a warm-up.")]
-Calls = Annotated[int | None, typer.Option(min=1, help="Calls a run, in place of the workload's own.")]
-Rate = Annotated[float | None, typer.Option(min=0.001, help="Calls a second of an open loop.")]
-SloFirst = Annotated[float, typer.Option(min=1, help="First token within so many ms is good.")]
-SloToken = Annotated[float, typer.Option(min=0.1, help="A token within so many ms on average is good.")]
-Url = Annotated[str | None, typer.Option(help="A server that is up; none starts lorikeet serve for the run.")]
-Model = Annotated[str | None, typer.Option(help="What the server calls the base; none asks /v1/models.")]
-Adapters = Annotated[str | None, typer.Option(help="Names of adapters, comma between; none asks /v1/models.")]
-NamingOption = Annotated[
-    str, typer.Option(help="Where names go: adapter, model, lora_path, adapter_id, base:adapter, lora, none.")
-]
-Label = Annotated[str, typer.Option(help="What the server is called in results.")]
-ApiKey = Annotated[str | None, typer.Option(help="Sent as a bearer token.")]
-Base = Annotated[str, typer.Option(help="Of the server that is started: pocket, or a checkpoint's folder.")]
-Root = Annotated[Path | None, typer.Option(help="Its folder of adapters; none is the samples.")]
-ServeFlags = Annotated[
-    list[str] | None, typer.Option("--serve", help="More of its flags: --serve=--num-slots=16.")
-]
-Out = Annotated[Path | None, typer.Option(help="Folder for the result's file; none is bench/results.")]
-AsJson = Annotated[bool, typer.Option("--json", help="The JSON line alone, and no progress.")]
-AgainstBase = Annotated[
-    bool,
-    typer.Option(
-        "--against-base", help="The same calls without adapters beside each run, and LoRA's efficiency."
-    ),
-]
 
 
 @app.command("list")
@@ -91,22 +83,25 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run workloads on a server and keep the figures."""
-    from bench.running import add_efficiency, run_workloads
+    from bench.efficiency import add_efficiency
+    from bench.running import run_workloads
 
-    plan = _plan(size, repeats, calls, rate, slo_first_token_ms, slo_per_token_ms)
-    tell = _teller(as_json)
+    chosen = known(names)
+    plan = make_plan(size, repeats, calls, rate, slo_first_token_ms, slo_per_token_ms)
+    tell = teller(as_json)
     with (
-        _told(),
-        _endpoint(
-            _Where(url, model, adapters, naming, label, api_key), _Ours(base, adapter_root, serve), tell
-        ) as (endpoint, peak_bytes),
+        told(),
+        reach(Where(url, model, adapters, naming, label, api_key), Ours(base, adapter_root, serve), tell) as (
+            endpoint,
+            peak_bytes,
+        ),
     ):
-        cells = run_workloads(endpoint, _known(names), plan, tell, is_against_base=against_base)
+        cells = run_workloads(endpoint, chosen, plan, tell, is_against_base=against_base)
         if against_base and adapter_root is not None and Path(base).is_dir():
             add_efficiency(cells, Path(base), adapter_root, tell)
         for cell in cells:
             cell["server_peak_bytes"] = peak_bytes()
-    _keep("run", cells, out, as_json)
+    keep("run", cells, out, as_json)
 
 
 @app.command("sweep")
@@ -130,16 +125,16 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Offer more and more calls a second until the answers are too late; the knee is the last rate that was borne."""
-    from bench.running import sweep as offer
+    from bench.ramp import sweep as offer
     from bench.workloads import workload_named
 
-    (known,) = _known([name])
-    plan = _plan(size, 1, calls, rate, slo_first_token_ms, slo_per_token_ms)
-    tell = _teller(as_json)
-    where = _Where(url, model, adapters, naming, label, api_key)
-    with _told(), _endpoint(where, _Ours(base, adapter_root, serve), tell) as (endpoint, _):
-        cell = offer(endpoint, workload_named(known), plan, tell)
-    _keep("sweep", [cell], out, as_json)
+    (chosen,) = known([name])
+    plan = make_plan(size, 1, calls, rate, slo_first_token_ms, slo_per_token_ms)
+    tell = teller(as_json)
+    where = Where(url, model, adapters, naming, label, api_key)
+    with told(), reach(where, Ours(base, adapter_root, serve), tell) as (endpoint, _):
+        cell = offer(endpoint, workload_named(chosen), plan, tell)
+    keep("sweep", [cell], out, as_json)
 
 
 @app.command("peers")
@@ -167,15 +162,15 @@ def peers(
     from bench.peers import PeerKind
     from bench.running import OurServer, other_server, our_server, peer_setups, run_peers
 
-    chosen = _known(names or ["distinct-16"])
-    plan = _plan(size, repeats, calls, None, slo_first_token_ms, slo_per_token_ms)
-    tell = _teller(as_json)
-    with _told(), our_server(OurServer(str(base), adapter_root, tuple(serve or ())), tell) as (ours, _):
+    chosen = known(names or ["distinct-16"])
+    plan = make_plan(size, repeats, calls, None, slo_first_token_ms, slo_per_token_ms)
+    tell = teller(as_json)
+    with told(), our_server(OurServer(str(base), adapter_root, tuple(serve or ())), tell) as (ours, _):
         wanted = [PeerKind(kind.strip()) for kind in kinds.split(",") if kind.strip()]
         setups = peer_setups(wanted, base, adapter_root, ours.adapters, chosen)
         others = [other_server(text, ours.adapters) for text in server or ()]
         cells = run_peers(ours, others, setups, chosen, plan, tell)
-    _keep("peers", cells, out, as_json)
+    keep("peers", cells, out, as_json)
 
 
 @app.command("kernels")
@@ -193,11 +188,11 @@ def kernels(
     """LoRA, 4-bit matmul and attention, each against the bytes and operations of this machine."""
     from bench.kernel_run import time_shape
 
-    tell = _teller(as_json)
-    with _told():
+    tell = teller(as_json)
+    with told():
         numbers = tuple(int(number) for number in rows.split(","))
         cell = time_shape(shape, numbers, rank=rank, num_adapters=num_adapters, budget_s=budget_s, tell=tell)
-    _keep("kernels", [cell], out, as_json)
+    keep("kernels", [cell], out, as_json)
 
 
 @app.command("shapes")
@@ -210,7 +205,7 @@ def shapes(
     """Make a checkpoint with random weights at a real size."""
     from bench.shapes import SHAPES, make_checkpoint
 
-    with _told():
+    with told():
         if shape not in SHAPES:
             raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
         make_checkpoint(SHAPES[shape], folder, seed=seed, is_quantised=not sixteen_bit)
@@ -230,7 +225,7 @@ def adapters_command(
     """Make random adapters for a checkpoint."""
     from bench.shape_adapters import make_adapters
 
-    with _told():
+    with told():
         numbers = tuple(int(rank) for rank in ranks.split(","))
         names = make_adapters(checkpoint, folder, count, ranks=numbers, targets=targets, seed=seed)
     typer.echo(f"{folder}: {names[0]} to {names[-1]}, ranks {ranks}, on {targets}")
@@ -246,118 +241,8 @@ def report(
     from bench.report import plot, render
     from bench.results import load
 
-    with _told():
+    with told():
         results = [load(path) for path in files]
         typer.echo(render(results, is_markdown=markdown), nl=False)
         for path in plot(results, plots) if plots is not None else ():
             typer.echo(str(path), err=True)
-
-
-# ---- shared
-
-
-class _Where:
-    """A server by URL, as the options have it."""
-
-    def __init__(
-        self,
-        url: str | None,
-        model: str | None,
-        adapters: str | None,
-        naming: str,
-        label: str,
-        api_key: str | None,
-    ) -> None:
-        self.url, self.model, self.adapters, self.naming = url, model, adapters, naming
-        self.label, self.api_key = label, api_key
-
-
-class _Ours:
-    """What to start where there is no URL."""
-
-    def __init__(self, base: str, adapter_root: Path | None, serve: Sequence[str] | None) -> None:
-        self.base, self.adapter_root, self.flags = base, adapter_root, tuple(serve or ())
-
-
-@contextmanager
-def _endpoint(
-    where: _Where, ours: _Ours, tell: Callable[[str], None]
-) -> Iterator[tuple[Endpoint, Callable[[], int]]]:
-    from dataclasses import replace
-
-    from bench.endpoint import Endpoint, Naming
-    from bench.running import OurServer, adapters_of, our_server
-
-    chosen = tuple(where.adapters.split(",")) if where.adapters else None
-    naming = Naming(where.naming)
-    if where.url is None:
-        with our_server(OurServer(ours.base, ours.adapter_root, ours.flags), tell) as (endpoint, peak_bytes):
-            names = chosen or endpoint.adapters
-            yield replace(endpoint, naming=naming, adapters=names, label=where.label), peak_bytes
-        return
-    url = where.url.rstrip("/")
-    if where.model is not None and (chosen is not None or naming is Naming.NONE):
-        base, names = where.model, chosen or ()
-    else:
-        base, found = adapters_of(url, where.api_key)
-        base, names = where.model or base, chosen or found
-    is_plain = naming in (Naming.NONE, Naming.LLAMA) and where.label != "lorikeet"
-    yield Endpoint(url, base, naming, names, where.api_key, is_plain, where.label), lambda: 0
-
-
-def _plan(
-    size: str, repeats: int, calls: int | None, rate: float | None, first_ms: float, token_ms: float
-) -> Plan:
-    from bench.cells import Plan
-    from bench.measure import Slo
-    from bench.sizes import SIZES
-
-    if size not in SIZES:
-        _refuse(f"no size {size!r}; there are {', '.join(SIZES)}")
-    return Plan(size, repeats, calls, rate, Slo(first_ms, token_ms))
-
-
-def _known(names: Sequence[str] | None) -> list[str]:
-    from bench.running import is_known
-
-    chosen = list(names or ["closed-8"])
-    for name in chosen:
-        if not is_known(name):
-            _refuse(f"no workload or scenario {name!r}: see lorikeet bench list")
-    return chosen
-
-
-def _teller(as_json: bool) -> Callable[[str], None]:
-    return (lambda _: None) if as_json else (lambda text: typer.echo(text, err=True))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What can go wrong in a run, as one line and status 2."""
-    from bench.cells import NothingMeasured
-    from bench.peers import PeerFailed
-    from bench.serving import ServerDied
-
-    try:
-        yield
-    except (NothingMeasured, PeerFailed, ServerDied, ValueError, KeyError, OSError) as error:
-        _refuse(str(error.args[0]) if isinstance(error, KeyError) else str(error))
-
-
-def _refuse(why: str) -> None:
-    typer.echo(f"lorikeet bench: {why}", err=True)
-    raise typer.Exit(2)
-
-
-def _keep(kind: str, cells: Sequence[Mapping[str, object]], out: Path | None, as_json: bool) -> None:
-    """Write the file; print the table, and last the JSON line."""
-    from bench.report import render
-    from bench.results import RESULTS, last_line, save
-    from bench.running import result_of
-
-    result: Result = result_of(kind, cells)
-    path = save(result, out or RESULTS)
-    if not as_json:
-        typer.echo(render([result], is_markdown=False))
-        typer.echo(f"kept in {path}", err=True)
-    typer.echo(last_line(result))

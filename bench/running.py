@@ -9,25 +9,13 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 
-from bench.cells import Measured, NothingMeasured, Plan, Server, Target, parity_of, ratio, run_side_by_side
+from bench.cells import Measured, Plan, Server, Target, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint, Naming
-from bench.floors import (
-    BF16_BYTES,
-    FP32_BYTES,
-    NF4_BYTES,
-    Step,
-    Work,
-    lora_efficiency,
-    possible_ratio,
-    read_shape,
-)
-from bench.load import Load
-from bench.measure import measure
 from bench.peers import PeerKind, PeerSetup, peer
 from bench.provenance import provenance
 from bench.results import Result, make_result
@@ -36,10 +24,6 @@ from bench.serving import free_port, lorikeet_command, serve
 from bench.workloads import CATALOGUE, Workload, workload_named
 
 Tell = Callable[[str], None]
-GOOD_SHARE = 0.9
-"""A rate is borne while so many calls are within the SLO."""
-SWEEP_STEP = 1.5
-MAX_SWEEP = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,90 +98,6 @@ def compared(measured: Sequence[Measured], workload: Workload, plan: Plan) -> li
 
 def is_known(name: str) -> bool:
     return name in CATALOGUE or name in SCENARIOS
-
-
-# ---- LoRA efficiency
-
-
-def add_efficiency(cells: Sequence[dict[str, object]], checkpoint: Path, root: Path, tell: Tell) -> None:
-    """Where a cell has a ratio to base-only: what this machine allows, and what share of it was reached."""
-    import torch
-
-    from bench.machine import measure_machine
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tell("measuring this machine's bytes and operations")
-    machine = measure_machine(device)
-    shape = read_shape(checkpoint)
-    rank, targets = _adapter_shape(root)
-    is_cpu = device.type == "cpu"
-    for cell in cells:
-        found = cell.get("ratios")
-        reached = [r for label, r in found.items() if "base only" in label] if isinstance(found, dict) else []
-        workload = CATALOGUE.get(str(cell["workload"]))
-        median = cell.get("median")
-        if not reached or workload is None or not workload.num_streams or not isinstance(median, dict):
-            continue
-        step = Step(
-            rows=workload.num_streams,
-            num_adapters=min(workload.num_adapters, workload.num_streams),
-            rank=rank,
-            context=round((median["prompt_tokens"] + median["output_tokens"] / 2) / median["num_calls"]),
-            base_weight_bytes=BF16_BYTES if is_cpu else NF4_BYTES,
-            lora_weight_bytes=FP32_BYTES if is_cpu else BF16_BYTES,
-            targets=targets,
-        )
-        work = Work(median["prompt_tokens"], median["output_tokens"], step)
-        cell["efficiency"] = {
-            "possible_ratio": possible_ratio(shape, work, machine),
-            "efficiency": lora_efficiency(reached[0]["median"], shape, work, machine),
-            "bytes_per_s": machine.bytes_per_s,
-            "flops_per_s": machine.flops_per_s,
-            "lora_flops_per_s": machine.lora_flops_per_s,
-            "context": step.context,
-        }
-
-
-def _adapter_shape(root: Path) -> tuple[int, tuple[str, ...]]:
-    """Rank and language linears of the first package of a folder. Raises ValueError if there is none."""
-    paths = sorted(root.glob("*/adapter_config.json"))
-    if not paths:
-        raise ValueError(f"{root} holds no adapters")
-    config = json.loads(paths[0].read_text("utf-8"))
-    named = str(config["target_modules"])
-    leaves = ("q", "k", "v", "o", "gate", "up", "down")
-    return int(config["r"]), tuple(leaf for leaf in leaves if f"{leaf}_proj" in named.replace("\\", ""))
-
-
-# ---- a sweep of rates
-
-
-def sweep(endpoint: Endpoint, workload: Workload, plan: Plan, tell: Tell) -> dict[str, object]:
-    """Offer more and more calls a second until the SLO breaks; the knee is the last rate that was borne.
-
-    Raises ValueError for a closed loop, NothingMeasured if no call of the first rate came back.
-    """
-    if workload.cv is None:
-        raise ValueError(f"{workload.name} is a closed loop: a sweep needs an open one, such as open-cv1")
-    Load(endpoint).send(plan.warm_up(workload))
-    rate = plan.rate or 0.5
-    steps: list[dict[str, object]] = []
-    knee: float | None = None
-    for number in range(MAX_SWEEP):
-        run = Load(endpoint).send(replace(plan, rate=rate).trace(workload, number))
-        figures = measure(run, plan.slo)
-        if not steps and figures["num_failed"] == figures["num_calls"]:
-            raise NothingMeasured(f"no call of {workload.name} to {endpoint.label} came back whole")
-        steps.append({"rate": rate, "figures": figures})
-        tell(
-            f"{endpoint.label} {workload.name} at {rate:.2f}/s: {figures['goodput_share']:.0%} within the SLO"
-        )
-        if figures["goodput_share"] < GOOD_SHARE:
-            break
-        knee = rate
-        rate *= SWEEP_STEP
-    about = Server(endpoint).about()
-    return {"workload": workload.name, "size": plan.size, "endpoint": about, "sweep": steps, "knee": knee}
 
 
 # ---- peers

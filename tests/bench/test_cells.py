@@ -9,7 +9,8 @@ import pytest
 
 from bench.cells import NothingMeasured, Plan, Server, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint
-from bench.running import compared, other_server, run_workloads, sweep
+from bench.ramp import sweep
+from bench.running import compared, other_server, run_workloads
 from bench.scenarios import SCENARIOS, run_scenario
 from bench.scrape import between, read_counters, step_profile
 from bench.workloads import workload_named

@@ -118,7 +118,7 @@ def test_results_survive_their_file_and_other_files_are_refused(tmp_path: Path) 
     other = tmp_path / "other.json"
     for content in ("{}", "[]", "no json"):
         other.write_text(content)
-        with pytest.raises(ValueError, match="other[.]json"):
+        with pytest.raises(ValueError, match=r"other\.json"):
             load(other)
 
 
