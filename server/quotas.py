@@ -11,14 +11,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.stream import Finish
+from engine.stream import Delta, Finish
 from server.budgets import TokenBudget
 from server.errors import WireError
 
 if TYPE_CHECKING:
     from engine.request import GenerationRequest
-    from server.generation import Event
     from server.keys import Caller
+
+Event = tuple[int, Delta | Finish]
+"""Which choice, and what came."""
 
 
 class Quotas:

@@ -11,22 +11,22 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from adapters.errors import AdapterError
 from adapters.ref import AdapterRef
 from engine.errors import DeadlineExceeded, Draining, EngineError, QueueFull
 from engine.messages import Timings
 from engine.request import GenerationRequest
-from engine.stream import Finish
+from engine.stream import Delta, Finish
 from server.budgets import TokenBudget
+from server.shadow_series import ShadowSeries
 from server.splitting import Draw, Side
 
 if TYPE_CHECKING:
-    from server.generation import Event
-    from server.state import ServerState
+    from adapters.leases import Lease
 
 logger = logging.getLogger("lorikeet.server")
 
@@ -36,6 +36,48 @@ MAX_PENDING = 8
 MAX_PENDING_TOKENS = 65_536
 TIMEOUT_S = 60.0
 """A copy that has found no idle time by then is dropped."""
+
+
+Event = tuple[int, Delta | Finish]
+"""Which choice, and what came."""
+
+
+class Asked(Protocol):
+    def __aiter__(self) -> AsyncIterator[Delta | Finish]: ...
+
+    def abort(self) -> None: ...
+
+
+class Asks(Protocol):
+    def submit(self, request: GenerationRequest) -> Asked: ...
+
+
+class Leases(Protocol):
+    def lease(self, ref: AdapterRef) -> Lease: ...
+
+
+class Background(Protocol):
+    def start(self, work: Coroutine[None, None, None]) -> None: ...
+
+
+class HasSeries(Protocol):
+    shadows: ShadowSeries
+
+
+class House(Protocol):
+    """The server's state, as far as a copy needs it."""
+
+    @property
+    def engine(self) -> Asks: ...
+
+    @property
+    def registry(self) -> Leases: ...
+
+    @property
+    def background(self) -> Background: ...
+
+    @property
+    def metrics(self) -> HasSeries: ...
 
 
 @dataclass(slots=True)
@@ -78,7 +120,7 @@ class Shadows:
         events: AsyncIterator[Event],
         requests: Sequence[GenerationRequest],
         copy: Copy | None,
-        state: ServerState,
+        house: House,
     ) -> AsyncIterator[Event]:
         """The same events; after the last of them the copy of the first choice is sent on its way."""
         async for index, item in events:
@@ -89,18 +131,18 @@ class Shadows:
                     copy.answer.token_ids += item.token_ids
             yield index, item
         if copy is not None and copy.answer.timings is not None:
-            self._offer(copy, requests[0], state)
+            self._offer(copy, requests[0], house)
 
-    def _offer(self, copy: Copy, request: GenerationRequest, state: ServerState) -> None:
+    def _offer(self, copy: Copy, request: GenerationRequest, house: House) -> None:
         num_tokens = len(request.prompt.ids)
         is_full = len(self._pending) >= MAX_PENDING
         is_full = is_full or sum(self._pending.values()) + num_tokens > MAX_PENDING_TOKENS
         budget = self._budget(copy)
         if is_full or (budget is not None and budget.wait_s() > 0):
-            state.metrics.shadows.count(copy.side.primary, "dropped")
+            house.metrics.shadows.count(copy.side.primary, "dropped")
             return
         self._pending[request.request_id] = num_tokens
-        state.background.start(self._run(copy, request, state))
+        house.background.start(self._run(copy, request, house))
 
     def _budget(self, copy: Copy) -> TokenBudget | None:
         limit = copy.side.terms.tokens_per_minute if copy.side.terms is not None else None
@@ -112,30 +154,30 @@ class Shadows:
             budget = self._budgets[copy.alias] = TokenBudget(limit, self._clock)
         return budget
 
-    async def _run(self, copy: Copy, request: GenerationRequest, state: ServerState) -> None:
+    async def _run(self, copy: Copy, request: GenerationRequest, house: House) -> None:
         primary = copy.side.primary
         outcome: Outcome = "failed"
         try:
-            answer = await _ask(copy, request, state)
+            answer = await _ask(copy, request, house)
             budget = self._budget(copy)
             if budget is not None:
                 budget.spend(len(request.prompt.ids) + len(answer.token_ids))
-            outcome = _compare(copy, answer, request, state)
+            outcome = _compare(copy, answer, request, house)
         except (QueueFull, DeadlineExceeded, Draining, asyncio.CancelledError):
             outcome = "dropped"
         except (EngineError, AdapterError) as error:
             logger.warning("shadow.failed ref=%s error=%s", copy.side.shadow, type(error).__name__)
         finally:
             del self._pending[request.request_id]
-            state.metrics.shadows.count(primary, outcome)
+            house.metrics.shadows.count(primary, outcome)
 
 
-async def _ask(copy: Copy, request: GenerationRequest, state: ServerState) -> Answer:
+async def _ask(copy: Copy, request: GenerationRequest, house: House) -> Answer:
     if copy.side.shadow is None:
         raise RuntimeError("a copy without a shadow")
     answer = Answer()
-    with state.registry.lease(copy.side.shadow):
-        stream = state.engine.submit(_copied(request, copy.side.shadow))
+    with house.registry.lease(copy.side.shadow):
+        stream = house.engine.submit(_copied(request, copy.side.shadow))
         try:
             async for item in stream:
                 if isinstance(item, Finish):
@@ -160,9 +202,9 @@ def _copied(request: GenerationRequest, shadow: AdapterRef) -> GenerationRequest
     )
 
 
-def _compare(copy: Copy, answer: Answer, request: GenerationRequest, state: ServerState) -> Outcome:
+def _compare(copy: Copy, answer: Answer, request: GenerationRequest, house: House) -> Outcome:
     """Agreement, where chance has no part in the answers; seconds, where nothing interrupted them."""
-    primary, series = copy.side.primary, state.metrics.shadows
+    primary, series = copy.side.primary, house.metrics.shadows
     for name, timings in (("primary", copy.answer.timings), ("shadow", answer.timings)):
         if timings is not None and timings.num_preemptions == 0:
             series.observe_seconds(primary, name, timings.prefill_s + timings.decode_s)
