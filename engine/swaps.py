@@ -115,7 +115,9 @@ class AdapterSwaps:
             self._report_failure(ref, error)
         begin_s = time.monotonic()
         results = self._mover.finished()
-        if results or self._mover.host_num_bytes != self._sizes.host_bytes:  # reads ahead end without a result
+        if (
+            results or self._mover.host_num_bytes != self._sizes.host_bytes
+        ):  # reads ahead end without a result
             self._weigh()
         if results and has_running:
             self._observer.record(DecodeStalled("adapter_copy", time.monotonic() - begin_s))
