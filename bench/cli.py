@@ -149,6 +149,9 @@ def peers(
         list[str] | None,
         typer.Option(help="A server that is up, as label,url,model,naming; may be repeated."),
     ] = None,
+    transformers_serve: Annotated[
+        bool, typer.Option("--transformers-serve", help="Start transformers' own server beside; base alone.")
+    ] = False,
     size: Size = "small",
     repeats: Repeats = 5,
     calls: Calls = None,
@@ -169,7 +172,8 @@ def peers(
         wanted = [PeerKind(kind.strip()) for kind in kinds.split(",") if kind.strip()]
         setups = peer_setups(wanted, base, adapter_root, ours.adapters, chosen)
         others = [other_server(text, ours.adapters) for text in server or ()]
-        cells = run_peers(ours, others, setups, chosen, plan, tell)
+        beside = base if transformers_serve else None
+        cells = run_peers(ours, others, setups, chosen, plan, tell, transformers_serve=beside)
     keep("peers", cells, out, as_json)
 
 

@@ -16,7 +16,7 @@ import httpx2
 
 from bench.cells import Measured, Plan, Server, Target, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint, Naming
-from bench.peers import PeerKind, PeerSetup, peer
+from bench.peers import PeerKind, PeerSetup, peer, serve_command
 from bench.provenance import provenance
 from bench.results import Result, make_result
 from bench.scenarios import SCENARIOS, run_scenario
@@ -110,11 +110,18 @@ def run_peers(
     names: Sequence[str],
     plan: Plan,
     tell: Tell,
+    *,
+    transformers_serve: Path | None = None,
 ) -> list[dict[str, object]]:
-    """Every workload on us, on other servers and on workers, in turns. Raises PeerFailed, NothingMeasured."""
+    """Every workload on us, on other servers and on workers, in turns; ``transformers_serve`` is a checkpoint.
+
+    Raises PeerFailed, ServerDied, NothingMeasured.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorikeet-peers-")))
         targets: list[Target] = [Server(ours), *(Server(each) for each in servers)]
+        if transformers_serve is not None:
+            targets.append(stack.enter_context(_transformers_server(transformers_serve, folder, tell)))
         for setup in setups:
             tell(f"loading {setup.kind}")
             targets.append(stack.enter_context(peer(setup, folder / f"{setup.kind}.log")))
@@ -123,6 +130,16 @@ def run_peers(
             workload = workload_named(name)
             cells += compared(run_side_by_side(targets, workload, plan, tell), workload, plan)
         return cells
+
+
+@contextmanager
+def _transformers_server(checkpoint: Path, folder: Path, tell: Tell) -> Iterator[Server]:
+    """It knows no ignore_eos, so its answers may end early: read tokens a second, not the time of a call."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    tell("starting transformers serve")
+    with serve(serve_command(checkpoint, port), url, folder / "transformers-serve.log", ready="/health"):
+        yield Server(Endpoint(url, str(checkpoint), Naming.NONE, is_plain=True, label="transformers serve"))
 
 
 def peer_setups(

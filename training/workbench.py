@@ -41,8 +41,8 @@ from training.targets import resolve_targets
 from training.trainer import train
 from training.validation import Validation
 
-WEIGHTS_DTYPE: Final = torch.bfloat16
-"""Of the adapter's file: what the server computes in, and what is judged."""
+WEIGHTS_DTYPE: Final = torch.float32
+"""Of the adapter's file: the very bits that were trained, which a server on a CPU computes with."""
 
 
 @dataclass(frozen=True, slots=True)
