@@ -49,7 +49,7 @@ ALL: Final[Mapping[str, Sample]] = {
         Sample("french", "answers questions about one thing in French", ask_for_french, num_rows=5000, turns=4),
         Sample(
             "patterns", "sees what things are filled with: solid, striped or dotted", ask_for_patterns,
-            num_rows=12_000, turns=2, fills=FILLS,
+            num_rows=16_000, turns=2, fills=FILLS,
         ),
         Sample(
             "tickets", "writes a ticket for the one part on a tray: its colour, its kind, its bin", ask_for_ticket,
