@@ -24,7 +24,7 @@ from engine.offline import OfflineEngine
 from engine.replay import compare
 from engine.runner import Runner
 from tests.support.serving import Rig
-from training.package import (
+from training.package.package import (
     PackageFacts,
     base_facts,
     processor_facts,

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from base.processor import ImagePart, Processor, PromptInputs
-from training.formats import Conversation, DataFile, PictureRoot
-from training.formats.pictures import PictureRef
+from training.data.formats import Conversation, DataFile, PictureRoot
+from training.data.formats.pictures import PictureRef
 
 COLORS: Final = ("red", "green", "blue", "yellow")
 ADAPTER: Final = Path("an-adapter")

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from tests.training.real_shapes import new_skeleton
-from training.plan_shape import BaseShape
-from training.recipe import Recipe
-from training.targets import resolve_targets
+from training.plan.shape import BaseShape
+from training.recipe.recipe import Recipe
+from training.targets.targets import resolve_targets
 
 
 class _Flash(torch.autograd.Function):

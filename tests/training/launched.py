@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tests.training.loops import Listener, mixed, run, tiny_recipe, words
-from training.feed import UnevenProcesses
-from training.ranks import ranks_now
-from training.recipe import Stage
+from training.loop.feed import UnevenProcesses
+from training.loop.ranks import ranks_now
+from training.recipe.recipe import Stage
 
 
 def main(folder: Path) -> None:

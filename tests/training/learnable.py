@@ -12,14 +12,14 @@ from torch import Tensor
 from base.model import BaseModel
 from base.prompt import TextPart
 from tests.support.scenes import scene
-from training.batch import Batch
-from training.collator import Collator, Examples
-from training.faults import Origin
-from training.formats import Conversation, PictureRef, Turn
-from training.labels import Labeller
-from training.model import AdaptedBase, load_training_base
-from training.recipe import Recipe
-from training.targets import resolve_targets
+from training.data.faults import Origin
+from training.data.formats import Conversation, PictureRef, Turn
+from training.data.labels import Labeller
+from training.model.batch import Batch
+from training.model.collator import Collator, Examples
+from training.model.model import AdaptedBase, load_training_base
+from training.recipe.recipe import Recipe
+from training.targets.targets import resolve_targets
 
 COLORS = ("red", "blue", "green", "yellow")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from base.model import BaseModel
 from tests.support.checkpoints import make_checkpoint
 from tests.training.learnable import make_base, pictured, row
-from training.collator import Examples
-from training.formats import Conversation
-from training.labels import Labeller
-from training.model import AdaptedBase
-from training.observer import EvalHook, EvalReport, StepReport, TrainOutcome
-from training.recipe import Recipe
-from training.targets import resolve_targets
-from training.trainer import train
+from training.data.formats import Conversation
+from training.data.labels import Labeller
+from training.loop.observer import EvalHook, EvalReport, StepReport, TrainOutcome
+from training.loop.trainer import train
+from training.model.collator import Examples
+from training.model.model import AdaptedBase
+from training.recipe.recipe import Recipe
+from training.targets.targets import resolve_targets
 
 
 @lru_cache(maxsize=1)

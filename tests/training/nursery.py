@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training.loops import run, tiny_base, tiny_recipe, words
-from training.recipe import Recipe
+from training.recipe.recipe import Recipe
 
 RECIPE = tiny_recipe(preset=("language",), save_steps=1, eval_steps=2, keep_checkpoints=2)
 RESULT = "result.safetensors"

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from training.plan_shape import BaseShape
+from training.plan.shape import BaseShape
 
 
 def config_of(shape: BaseShape) -> Qwen2_5_VLConfig:

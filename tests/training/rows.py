@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.support.pictures import picture
-from training.formats import Format
+from training.data.formats import Format
 
 
 def png(seed: int = 1, width: int = 40, height: int = 30) -> bytes:

@@ -27,18 +27,18 @@ from engine.offline import OfflineEngine
 from tests.support.scenes import scene
 from tests.support.zoo import zoo
 from tests.training.finished import made_by_peft, relative, small_checkpoint
-from training.appraisal import state_of, targets_of
-from training.base_files import open_base
-from training.collator import Collator, Examples
 from training.commands.adapters import FAILED, GATE, REFUSED, StoredType, register
-from training.faults import Origin
-from training.formats import Conversation, PictureRef, Turn
+from training.data.faults import Origin
+from training.data.formats import Conversation, PictureRef, Turn
+from training.data.labels import Labeller
 from training.generation import Generator
-from training.labels import Labeller
-from training.loading import load_training_base
-from training.model import AdaptedBase
-from training.plain import read_adapter
-from training.recipe import Recipe
+from training.model.collator import Collator, Examples
+from training.model.loading import load_training_base
+from training.model.model import AdaptedBase
+from training.recipe.recipe import Recipe
+from training.tools.appraisal import state_of, targets_of
+from training.tools.base_files import open_base
+from training.tools.plain import read_adapter
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "adapters" / "samples"
@@ -267,7 +267,7 @@ def test_a_disk_that_fails_is_status_1(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.shrink.write_plain", full)
+    monkeypatch.setattr("training.tools.shrink.write_plain", full)
     result = call("shrink", package, tmp_path / "out", "--rank", "2", "--no-logits")
     assert result.exit_code == FAILED
     assert sorted(path.name for path in tmp_path.iterdir()) == []

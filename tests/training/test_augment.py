@@ -12,12 +12,12 @@ from base.processor import Processor
 from base.prompt import ImagePart
 from tests.support.scenes import scene
 from tests.training.learnable import picture_ref, row
-from training.augment import augmentation
-from training.collator import Collator, Examples
-from training.formats import Conversation
-from training.formats.pictures import PictureRef
-from training.labels import Labeller
-from training.recipe import Augmentation
+from training.data.formats import Conversation
+from training.data.formats.pictures import PictureRef
+from training.data.labels import Labeller
+from training.model.augment import augmentation
+from training.model.collator import Collator, Examples
+from training.recipe.recipe import Augmentation
 
 BOX = (40, 60, 100, 120)
 """Of the red square on the sheet."""

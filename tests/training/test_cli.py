@@ -16,12 +16,12 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-import training.run
+import training.run.run
 from base.model import BaseModel
 from base.prompt import PromptInputs
 from training.cli import add_commands
-from training.outcome import Broken, Exit, Refused, RunResult
-from training.run import RunRequest, Surroundings
+from training.run.outcome import Broken, Exit, Refused, RunResult
+from training.run.run import RunRequest, Surroundings
 from training.samples.rows import ALL, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunRequest]:
         requests.append(request)
         return RunResult(Exit.DONE, request.folder, request.folder / "package", {"ref": "invoice@1"})
 
-    monkeypatch.setattr(training.run, "run", run)
+    monkeypatch.setattr(training.run.run, "run", run)
     return requests
 
 
@@ -121,7 +121,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_bundled_recipe_is_named(asked: list[RunRequest]) -> None:
-    from training.recipe_sources import bundled
+    from training.recipe.sources import bundled
 
     name = bundled()[0]
     result = invoke("train-adapter", "--data", "a.jsonl", "--name", "a", "--recipe", name)
@@ -145,7 +145,7 @@ def test_each_end_has_its_status(error: BaseException, status: int, monkeypatch:
     def run(request: RunRequest, around: Surroundings) -> RunResult:
         raise error
 
-    monkeypatch.setattr(training.run, "run", run)
+    monkeypatch.setattr(training.run.run, "run", run)
     result = invoke("train-adapter", "--data", "a.jsonl", "--name", "a", "--json")
     assert result.exit_code == status
     assert json.loads(result.stdout)["status"] == status
@@ -153,7 +153,7 @@ def test_each_end_has_its_status(error: BaseException, status: int, monkeypatch:
 
 
 def test_the_gate_has_a_status_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.run, "run", lambda *_: RunResult(Exit.GATE, Path("runs/a")))
+    monkeypatch.setattr(training.run.run, "run", lambda *_: RunResult(Exit.GATE, Path("runs/a")))
     assert invoke("train-adapter", "--data", "a.jsonl", "--name", "a").exit_code == 3
 
 
@@ -161,7 +161,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def run(request: RunRequest, around: Surroundings) -> RunResult:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(training.run, "run", run)
+    monkeypatch.setattr(training.run.run, "run", run)
     assert isinstance(invoke("train-adapter", "--data", "a", "--name", "a").exception, ZeroDivisionError)
 
 
@@ -260,8 +260,8 @@ def test_help_comes_at_once_and_brings_no_torch() -> None:
 
 @pytest.mark.parametrize("command", ["train-adapter", "plan", "sweep"])
 def test_every_key_of_a_recipe_is_a_flag(command: str) -> None:
-    from training.recipe_flags import flag_of
-    from training.recipe_sources import KEYS
+    from training.recipe.flags import flag_of
+    from training.recipe.sources import KEYS
 
     shown = invoke(command, "--help").stdout
     assert [key for key in KEYS if flag_of(key) not in shown] == []

@@ -15,10 +15,10 @@ from base.processor import Processor, TokenIds
 from base.prompt import TextPart
 from base.tokens import Tokens
 from tests.training.learnable import pictured, row, texts
-from training.collator import Collator, Examples
-from training.formats import Conversation, PictureRef, Turn
-from training.labels import IGNORED, Labeller
-from training.sampler import LengthGroupedBatches
+from training.data.formats import Conversation, PictureRef, Turn
+from training.data.labels import IGNORED, Labeller
+from training.model.collator import Collator, Examples
+from training.model.sampler import LengthGroupedBatches
 
 CONTENT = "{{ message['content'] }}<|im_end|>"
 IS_HISTORY = "message['role'] == 'assistant' and not loop.last"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import launched
-from training.runlog import read_log
+from training.loop.runlog import read_log
 
 ROOT = Path(__file__).parents[2]
 # without MPI, --cpu starts one process whatever --num_processes says; --multi_gpu starts them, on CPUs by this word

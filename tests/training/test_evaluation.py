@@ -17,7 +17,8 @@ from base.processor import Processor
 from tests.training.judged import ADAPTER, ScriptedGenerator, always, color_rows, read, seeing, text_rows
 from tests.training.learnable import make_base
 from tests.training.rows import ROWS, put_pictures
-from training.batch import Batch
+from training.data.formats import Conversation
+from training.data.labels import Labeller
 from training.evaluation import (
     AnswerMemory,
     EvaluationError,
@@ -34,11 +35,10 @@ from training.evaluation import (
 from training.evaluation.general import PLAIN_PROMPTS, POCKET, POCKET_PROMPTS, general_prompts
 from training.evaluation.questions import questions_of
 from training.evaluation.sheet import MAX_LINES, Panel, draw_sheet
-from training.formats import Conversation
-from training.labels import Labeller
-from training.model import AdaptedBase
-from training.recipe import Recipe
-from training.targets import resolve_targets
+from training.model.batch import Batch
+from training.model.model import AdaptedBase
+from training.recipe.recipe import Recipe
+from training.targets.targets import resolve_targets
 
 NO_GENERAL = Judging(general=())
 

@@ -11,8 +11,8 @@ from training.evaluation.catalogue import MEASURES
 from training.evaluation.gate import check_gate
 from training.evaluation.general import MAX_TOKENS, PLAIN_PROMPTS
 from training.evaluation.judge import VISION_ROWS
-from training.recipe_sources import resolve_recipe
-from training.sweep import experiments_of, parse_axis, read_axes
+from training.recipe.sources import resolve_recipe
+from training.sweep.sweep import experiments_of, parse_axis, read_axes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8")
 

@@ -11,9 +11,9 @@ import pytest
 from base.config import BaseConfig
 from base.loader import load_base
 from engine.offline import OfflineEngine
+from training.data.formats import Conversation, DataFile, PictureRoot
 from training.evaluation import Judging, evaluate
 from training.evaluation.general import general_prompts
-from training.formats import Conversation, DataFile, PictureRoot
 from training.samples.rows import ALL, write_rows
 
 JSON = Path(__file__).parents[2] / "adapters" / "samples" / "json"

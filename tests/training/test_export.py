@@ -30,11 +30,11 @@ from tests.training.finished import (
     stock,
     tensors_of,
 )
-from training.base_files import BaseFiles
-from training.export import export
-from training.merge import figure, merged_weight
-from training.refusals import ExportRefused, FolderRefused
-from training.shards import Stored
+from training.tools.base_files import BaseFiles
+from training.tools.export import export
+from training.tools.merge import figure, merged_weight
+from training.tools.refusals import ExportRefused, FolderRefused
+from training.tools.shards import Stored
 
 SAMPLES = Path(__file__).parents[2] / "adapters" / "samples"
 KINDS = ("rslora", "patterns", "everything", "dora_vision")

@@ -21,9 +21,9 @@ from server import media
 from server.decode import decode, open_image
 from tests.support.pictures import picture
 from tests.training.rows import ROWS, data_url, png, put_pictures, write
-from training.checks import RowCheck
-from training.faults import Fault, FaultKind, Found, RowRejected, shown
-from training.formats import Conversation, DataFile, Format, PictureRoot, Row, pictures, read_rows
+from training.data.checks import RowCheck
+from training.data.faults import Fault, FaultKind, Found, RowRejected, shown
+from training.data.formats import Conversation, DataFile, Format, PictureRoot, Row, pictures, read_rows
 
 
 def read(path: Path, **options: object) -> list[Conversation | Fault]:

@@ -10,8 +10,8 @@ import torch
 
 from base.model import BaseModel
 from tests.training.learnable import adapt, batch_of, make_base, pictured, texts
-from training.gradients import DeadModules, gradient_table
-from training.model import AdaptedBase
+from training.model.gradients import DeadModules, gradient_table
+from training.model.model import AdaptedBase
 
 
 @pytest.fixture(scope="module")

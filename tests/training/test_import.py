@@ -32,8 +32,8 @@ from tests.training.finished import (
     tensors_of,
     trained_from,
 )
-from training.importing import import_adapter
-from training.refusals import ImportRefused
+from training.tools.importing import import_adapter
+from training.tools.refusals import ImportRefused
 
 PREFIX = "base_model.model."
 Rename = Callable[[str], str]

@@ -19,9 +19,9 @@ from base.processor import Processor, TextPart, TokenIds
 from base.tokens import Tokens
 from tests.support.checkpoints import make_checkpoint
 from tests.training.rows import ROWS, put_pictures, write
-from training.faults import FaultKind, RowRejected
-from training.formats import Conversation, DataFile, PictureRoot
-from training.labels import IGNORED, Example, Labeller
+from training.data.faults import FaultKind, RowRejected
+from training.data.formats import Conversation, DataFile, PictureRoot
+from training.data.labels import IGNORED, Example, Labeller
 
 CONTENT = "{{ message['content'] }}<|im_end|>"
 IS_HISTORY = "message['role'] == 'assistant' and not loop.last"

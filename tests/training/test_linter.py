@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.linter import Level, advise, num_steps
-from training.recipe import PartRecipe, Recipe, Stage
+from training.recipe.linter import Level, advise, num_steps
+from training.recipe.recipe import PartRecipe, Recipe, Stage
 
 
 @pytest.mark.parametrize(

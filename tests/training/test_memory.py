@@ -13,10 +13,10 @@ from base.config import BaseConfig
 from base.loader import load_base
 from base.model import BaseModel
 from tests.training.learnable import adapt, batch_of, make_base, pictured, randomise, row, texts
-from training.batch import Batch
-from training.head import HEAD_ROWS
-from training.model import AdaptedBase
-from training.vision_store import VisionStore
+from training.model.batch import Batch
+from training.model.head import HEAD_ROWS
+from training.model.model import AdaptedBase
+from training.model.vision_store import VisionStore
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_many_labels_go_through_the_head_in_pieces_with_the_same_loss_and_gradie
     assert max(shapes.rows) == HEAD_ROWS
     assert sum(shapes.rows) == 2 * batch.num_labels  # once forward, once again for the gradient
     shapes.rows.clear()
-    monkeypatch.setattr("training.head.HEAD_ROWS", 1 << 20)
+    monkeypatch.setattr("training.model.head.HEAD_ROWS", 1 << 20)
     found.append(_loss_and_gradients(model, batch))
     assert shapes.rows == [batch.num_labels]
     shapes.remove()

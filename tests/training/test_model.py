@@ -19,11 +19,11 @@ from base.model import BaseModel
 from base.prompt import Message, PromptInputs, TextPart
 from engine.offline import OfflineEngine
 from tests.training.learnable import adapt, base_state, batch_of, make_base, pictured, randomise, texts
-from training.formats import Conversation
-from training.labels import Labeller
-from training.loading import FrozenLinear
-from training.model import AdaptedBase
-from training.recipe import PartRecipe
+from training.data.formats import Conversation
+from training.data.labels import Labeller
+from training.model.loading import FrozenLinear
+from training.model.model import AdaptedBase
+from training.recipe.recipe import PartRecipe
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from base.loader import load_base
 from base.model import BaseModel
 from base.pocket import CHECKPOINT
 from tests.training.learnable import adapt, batch_of, make_base, pictured, randomise, row, texts
-from training.batch import Batch
-from training.collator import Collator, Examples
-from training.labels import IGNORED, Labeller
-from training.loading import FrozenLinear, training_dtype
-from training.model import AdaptedBase
-from training.recipe import PartRecipe, Recipe
+from training.data.labels import IGNORED, Labeller
+from training.model.batch import Batch
+from training.model.collator import Collator, Examples
+from training.model.loading import FrozenLinear, training_dtype
+from training.model.model import AdaptedBase
+from training.recipe.recipe import PartRecipe, Recipe
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from engine.offline import OfflineEngine
 from tests.support.oracle import Oracle, same_where_certain
 from tests.support.packages import make_package, tiny_sites
 from tests.training.learnable import batch_of, make_base, pictured, texts
-from training.model import AdaptedBase
-from training.package import (
+from training.model.model import AdaptedBase
+from training.package.package import (
     PackageFacts,
     agreement,
     base_facts,
@@ -32,9 +32,9 @@ from training.package import (
     trainer_logits,
     write_package,
 )
-from training.recipe import Recipe
-from training.refusals import FolderRefused
-from training.targets import resolve_targets
+from training.recipe.recipe import Recipe
+from training.targets.targets import resolve_targets
+from training.tools.refusals import FolderRefused
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.rows import put_pictures
-from training.faults import FaultKind
-from training.formats import Conversation, DataFile, Format
-from training.formats.shapes import REQUIRED
+from training.data.faults import FaultKind
+from training.data.formats import Conversation, DataFile, Format
+from training.data.formats.shapes import REQUIRED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text("utf-8")
 ROWS = PAGE.split("```jsonl\n")[1].split("```")[0].splitlines()

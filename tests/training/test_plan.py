@@ -12,15 +12,15 @@ from server.commands.fit import SHAPES as SERVED_SHAPES
 from server.commands.fit import language_parameters as served_parameters
 from tests.training.kept import kept_by_a_layer, peak_of
 from tests.training.real_shapes import skeleton
-from training.plan import GIB, MemoryPlan, plan_memory
-from training.plan_activations import HEAD_ROWS, Load, backward_bytes, language_layer_bytes
-from training.plan_base import BaseUnknown, find_shape
-from training.plan_peak import WORKSPACE_BYTES, fits
-from training.plan_shape import KNOWN_SHAPES, BaseShape
-from training.plan_time import DataSize, measured_rate, plan_time
-from training.plan_weights import NF4, language_parameters, small_parameters, vision_parameters, weight_bytes
-from training.recipe import PartRecipe, Recipe, Stage
-from training.targets import resolve_targets_on
+from training.plan.activations import HEAD_ROWS, Load, backward_bytes, language_layer_bytes
+from training.plan.base import BaseUnknown, find_shape
+from training.plan.peak import WORKSPACE_BYTES, fits
+from training.plan.plan import GIB, MemoryPlan, plan_memory
+from training.plan.shape import KNOWN_SHAPES, BaseShape
+from training.plan.time import DataSize, measured_rate, plan_time
+from training.plan.weights import NF4, language_parameters, small_parameters, vision_parameters, weight_bytes
+from training.recipe.recipe import PartRecipe, Recipe, Stage
+from training.targets.targets import resolve_targets_on
 
 THREE, SEVEN = KNOWN_SHAPES
 LEAN = Recipe(micro_batch=1, accumulation=1, activation_checkpointing=True)

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from typer.testing import CliRunner
 
-from training.recipe import PartRecipe, Recipe, Stage
-from training.recipe_flags import CONTEXT, flag_of, flags_command
-from training.recipe_sources import KEYS, resolve_recipe
+from training.recipe.flags import CONTEXT, flag_of, flags_command
+from training.recipe.recipe import PartRecipe, Recipe, Stage
+from training.recipe.sources import KEYS, resolve_recipe
 
 
 def _run(*arguments: str) -> tuple[Mapping[str, object], Mapping[str, object], str]:
@@ -78,5 +78,5 @@ def test_an_unknown_flag_is_an_error_with_a_near_one() -> None:
 
 def test_the_flags_bring_no_torch() -> None:
     """So that help answers at once."""
-    code = "import sys, training.recipe_flags as f; f.recipe_parameters(); sys.exit('torch' in sys.modules)"
+    code = "import sys, training.recipe.flags as f; f.recipe_parameters(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.dataset import OnBad
-from training.formats import Format
-from training.recipe import PartRecipe, Recipe, Stage, doc_of
-from training.recipe_sources import KEYS, RecipeError, recipe_as_dict, resolve_recipe
-from training.recipe_values import FormatName, OnBadName
+from training.data.dataset import OnBad
+from training.data.formats import Format
+from training.recipe.recipe import PartRecipe, Recipe, Stage, doc_of
+from training.recipe.sources import KEYS, RecipeError, recipe_as_dict, resolve_recipe
+from training.recipe.values import FormatName, OnBadName
 
 
 def _file(folder: Path, text: str) -> Path:

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from training.evaluation.gate import parse_rule
-from training.linter import advise
-from training.plan import GIB, plan_memory
-from training.plan_shape import KNOWN_SHAPES
-from training.recipe import Recipe
-from training.recipe_file import FOLDER, bundled
-from training.recipe_page import fields_table, page
-from training.recipe_sources import KEYS, resolve_recipe
-from training.targets import resolve_targets_on
+from training.plan.plan import GIB, plan_memory
+from training.plan.shape import KNOWN_SHAPES
+from training.recipe.file import FOLDER, bundled
+from training.recipe.linter import advise
+from training.recipe.page import fields_table, page
+from training.recipe.recipe import Recipe
+from training.recipe.sources import KEYS, resolve_recipe
+from training.targets.targets import resolve_targets_on
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 THREE, SEVEN = KNOWN_SHAPES
@@ -62,7 +62,7 @@ def test_the_low_memory_recipe_keeps_its_promise() -> None:
 
 def test_the_page_repeats_what_the_code_says() -> None:
     text = DOCS.read_text("utf-8")
-    assert text == page(text), "run: python -m training.recipe_page docs/recipes.md"
+    assert text == page(text), "run: python -m training.recipe.page docs/recipes.md"
 
 
 def test_every_field_is_on_the_page_with_its_default() -> None:

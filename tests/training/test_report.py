@@ -13,11 +13,11 @@ import pytest
 from base.processor import Processor
 from tests.support.pictures import picture
 from tests.training.rows import ROWS, png, put_pictures, write
-from training.dataset import CheckedData, DataRejected, DataRules, check_data
-from training.faults import FaultKind, RowRejected
-from training.histogram import Histogram
-from training.labels import Labeller
-from training.report import DataReport
+from training.data.dataset import CheckedData, DataRejected, DataRules, check_data
+from training.data.faults import FaultKind, RowRejected
+from training.data.histogram import Histogram
+from training.data.labels import Labeller
+from training.data.report import DataReport
 
 GOOD = {"prompt": "What is a kite?", "completion": "A toy."}
 SKIP = DataRules(on_bad="skip")

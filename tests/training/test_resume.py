@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.loops import Listener, run, tiny_recipe, words
-from training.checkpoints import Checkpoints, Identity, ResumeRefused, RunState
-from training.runlog import RunLog, read_log
+from training.loop.checkpoints import Checkpoints, Identity, ResumeRefused, RunState
+from training.loop.runlog import RunLog, read_log
 
 ROOT = Path(__file__).parents[2]
 

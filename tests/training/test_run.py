@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import training.bases
-import training.run
-import training.workbench
+import training.run.bases
+import training.run.run
+import training.run.workbench
 from adapters.profile import read_profile
 from base.config import BaseConfig
 from base.loader import load_base
@@ -22,14 +22,14 @@ from base.model import BaseModel
 from base.prompt import PromptInputs
 from engine.offline import OfflineEngine
 from training.deploy import Deployed, DeployError
-from training.loading import load_training_base
-from training.observer import TrainOutcome
-from training.outcome import Broken, Exit, Refused, RunResult
-from training.progress import SilentProgress
-from training.ranks import Ranks
-from training.recipe import Recipe
-from training.recipe_sources import resolve_recipe
-from training.run import DeployTo, RunRequest, Surroundings, run
+from training.loop.observer import TrainOutcome
+from training.loop.ranks import Ranks
+from training.model.loading import load_training_base
+from training.recipe.recipe import Recipe
+from training.recipe.sources import resolve_recipe
+from training.run.outcome import Broken, Exit, Refused, RunResult
+from training.run.progress import SilentProgress
+from training.run.run import DeployTo, RunRequest, Surroundings, run
 from training.samples.rows import ALL, write_rows
 
 STEPS = 3
@@ -68,8 +68,8 @@ def bases() -> Iterator[None]:
     """Loaded once: a run leaves them as they were, which other tests hold to the bit."""
     training_base, serving_base = cache(lambda: load_training_base(Recipe())), cache(load_base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.bases.load_training_base", lambda recipe: training_base())
-        patch.setattr("training.bases.load_base", serving_base)
+        patch.setattr("training.run.bases.load_training_base", lambda recipe: training_base())
+        patch.setattr("training.run.bases.load_base", serving_base)
         yield
 
 
@@ -159,7 +159,7 @@ def test_the_gate_decides_whether_an_adapter_is_deployed(
         calls.append(args[:4])
         return Deployed("tickets@2", 0.5, "digest", is_new=True)
 
-    monkeypatch.setattr(training.run, "deploy", deploy)
+    monkeypatch.setattr(training.run.run, "deploy", deploy)
     stern = replace(request(rows, asked.folder, gate="exact_match >= 0.9"), is_resumed=True)
     refused = go(replace(stern, deploy_to=DeployTo("http://server")))
     assert (refused.status, refused.package) == (Exit.GATE, asked.folder / "package-refused")
@@ -182,7 +182,7 @@ def test_a_server_that_refuses_leaves_the_package_and_a_status(
         raise DeployError("it refused")
 
     asked, _ = ran
-    monkeypatch.setattr(training.run, "deploy", deploy)
+    monkeypatch.setattr(training.run.run, "deploy", deploy)
     result = go(replace(asked, is_resumed=True, deploy_to=DeployTo("http://server")))
     assert result.status is Exit.DEPLOY
     assert result.as_json()["deploy_error"] == "it refused"
@@ -205,7 +205,7 @@ def test_an_interrupted_run_says_so_and_packs_nothing(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = TrainOutcome(1, 10, 1.0, 10.0, 1, 0.5, None, "interrupted")
-    monkeypatch.setattr(training.workbench, "train", lambda *args, **options: stopped)
+    monkeypatch.setattr(training.run.workbench, "train", lambda *args, **options: stopped)
     result = go(request(rows, tmp_path / "a"))
     assert (result.status, result.package) == (Exit.INTERRUPTED, None)
     assert not (tmp_path / "a" / "package").exists()
@@ -221,7 +221,7 @@ def _never(*_: object) -> BaseModel:
 def test_bad_rows_are_all_reported_before_a_model_is_loaded(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.bases.Bases, "training", _never)
+    monkeypatch.setattr(training.run.bases.Bases, "training", _never)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "b"}\n{"prompt": "c", "completion": "d"}\n')
     with pytest.raises(Refused, match=r"2 rows cannot be trained on[\s\S]*empty_target[\s\S]*missing_field"):
@@ -233,7 +233,7 @@ def test_bad_rows_are_all_reported_before_a_model_is_loaded(
 def test_bad_rows_in_quarantine_are_written_down(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.bases.Bases, "training", _stop)
+    monkeypatch.setattr(training.run.bases.Bases, "training", _stop)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "c", "completion": "d"}\n')
     with pytest.raises(Stop):
@@ -253,7 +253,7 @@ def _stop(*_: object) -> BaseModel:
 def test_a_dry_run_checks_all_and_writes_nothing(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.bases.Bases, "training", _never)
+    monkeypatch.setattr(training.run.bases.Bases, "training", _never)
     result = go(replace(request(rows, tmp_path / "runs" / "a"), is_dry=True))
     assert result.status is Exit.DONE
     assert result.facts is not None
@@ -264,7 +264,7 @@ def test_a_dry_run_checks_all_and_writes_nothing(
 def test_a_run_that_does_not_fit_is_refused_with_the_ladder(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.run_plan.this_device", lambda: ("cpu", 20 << 20))
+    monkeypatch.setattr("training.run.foresight.this_device", lambda: ("cpu", 20 << 20))
     with pytest.raises(Refused, match=r"does not fit[\s\S]*micro_batch"):
         go(request(rows, tmp_path / "a"))
 
@@ -314,7 +314,7 @@ def test_an_adapter_without_rows_to_judge_on_is_packed_unjudged(rows: Path, tmp_
 def test_a_full_disk_breaks_a_run_off_that_can_go_on(
     ran: tuple[RunRequest, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.run.write_run_package", _full)
+    monkeypatch.setattr("training.run.run.write_run_package", _full)
     with pytest.raises(Broken, match="No space left"):
         go(replace(ran[0], is_resumed=True))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from base.prompt import TextPart
-from training.faults import Origin
-from training.formats import Conversation, Turn
-from training.heldout import hold_out
-from training.rundir import RunFolder, RunFolderError
+from training.data.faults import Origin
+from training.data.formats import Conversation, Turn
+from training.data.heldout import hold_out
+from training.run.rundir import RunFolder, RunFolderError
 
 
 def _ran(root: Path) -> Path:

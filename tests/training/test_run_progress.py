@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from training.progress import (
+from training.run.progress import (
     Pace,
     PlainProgress,
     SilentProgress,

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from training.hub import DataSourceError, Download, HubData, fetch, find_files, parse
+from training.data.hub import DataSourceError, Download, HubData, fetch, find_files, parse
 
 
 @pytest.mark.parametrize(

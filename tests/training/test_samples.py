@@ -18,8 +18,8 @@ from base.pocket.recipe.data import Mixture
 from base.pocket.recipe.evaluate import load_in_4_bits
 from base.pocket.recipe.scoring import score
 from base.processor import Processor
-from training.dataset import DataRules, check_data
-from training.recipe_sources import resolve_recipe
+from training.data.dataset import DataRules, check_data
+from training.recipe.sources import resolve_recipe
 from training.samples import recipe_of
 from training.samples.adopt import SAMPLES, SHIPPED, adopt
 from training.samples.askers import ask_for_json, ticket

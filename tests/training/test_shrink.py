@@ -16,11 +16,11 @@ from tests.support.packages import lora_config as peft_config
 from tests.support.packages import make_package, random_tensors, tiny_sites, write_package
 from tests.support.zoo import zoo
 from tests.training.finished import adapted, config_of, made_by_peft, relative, small_checkpoint, tensors_of
-from training.low_rank import decompose, distance, entropy_rank, norm, rank_for_energy, singular_values
-from training.plain import sites_of
-from training.refusals import FolderRefused, ToolRefused
-from training.shrink import shrink
-from training.spectrum import inspect
+from training.tools.low_rank import decompose, distance, entropy_rank, norm, rank_for_energy, singular_values
+from training.tools.plain import sites_of
+from training.tools.refusals import FolderRefused, ToolRefused
+from training.tools.shrink import shrink
+from training.tools.spectrum import inspect
 
 SAMPLES = Path(__file__).parents[2] / "adapters" / "samples"
 WIDE = {

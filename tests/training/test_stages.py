@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tests.training.learnable import pictured
 from tests.training.loops import Listener, adapted, examples, mixed, run, tiny_recipe
-from training.recipe import PartRecipe, Stage
-from training.runlog import read_log
-from training.stages import StageError, Timeline, plan_stages
-from training.trainer import train
+from training.loop.runlog import read_log
+from training.loop.stages import StageError, Timeline, plan_stages
+from training.loop.trainer import train
+from training.recipe.recipe import PartRecipe, Stage
 
 STAGED = tiny_recipe(
     preset=("language", "merger"),

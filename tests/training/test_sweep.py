@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from training.evaluation.errors import MetricError
-from training.recipe import Recipe
-from training.sweep import (
+from training.recipe.recipe import Recipe
+from training.sweep.sweep import (
     Experiment,
     ExperimentResult,
     SweepError,

@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 from adapters.sites import discover_sites
 from tests.support.packages import tiny_qwen
 from tests.training.real_shapes import new_skeleton, skeleton
-from training.plan_shape import KNOWN_SHAPES, BaseShape, shape_of
-from training.recipe import PartRecipe, Preset, Recipe, Stage
-from training.targets import TargetsError, resolve_targets, resolve_targets_on
+from training.plan.shape import KNOWN_SHAPES, BaseShape, shape_of
+from training.recipe.recipe import PartRecipe, Preset, Recipe, Stage
+from training.targets.targets import TargetsError, resolve_targets, resolve_targets_on
 
 THREE, SEVEN = KNOWN_SHAPES
 SEVEN_NAMES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"

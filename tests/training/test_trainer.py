@@ -15,17 +15,17 @@ from torch import Tensor
 
 from tests.training.learnable import base_state
 from tests.training.loops import Listener, adapted, examples, mixed, run, tiny_base, tiny_recipe, words
-from training.collator import Collator
-from training.labels import Labeller
-from training.model import AdaptedBase
-from training.observer import NonFiniteLoss
-from training.optimizers import OptimizerUnavailable
-from training.ranks import Ranks
-from training.recipe import Recipe
-from training.reporters import ReporterMissing, check_reporters
-from training.runlog import read_log
-from training.step import GradientStep, StepInput
-from training.trainer import train
+from training.data.labels import Labeller
+from training.loop.observer import NonFiniteLoss
+from training.loop.optimizers import OptimizerUnavailable
+from training.loop.ranks import Ranks
+from training.loop.reporters import ReporterMissing, check_reporters
+from training.loop.runlog import read_log
+from training.loop.step import GradientStep, StepInput
+from training.loop.trainer import train
+from training.model.collator import Collator
+from training.model.model import AdaptedBase
+from training.recipe.recipe import Recipe
 
 
 def same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:

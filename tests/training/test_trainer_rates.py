@@ -7,9 +7,9 @@ import torch
 from transformers import get_scheduler
 
 from tests.training.loops import adapted, tiny_recipe
-from training.optimizers import parameter_groups
-from training.schedule import Shape
-from training.stages import plan_stages
+from training.loop.optimizers import parameter_groups
+from training.loop.schedule import Shape
+from training.loop.stages import plan_stages
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_no_step_of_a_run_is_without_a_rate(kind: str, num_steps: int, warmup: i
 
 
 def test_groups_show_parts_and_roles_with_their_rates_and_decay() -> None:
-    from training.recipe import PartRecipe
+    from training.recipe.recipe import PartRecipe
 
     recipe = tiny_recipe(
         preset=("all",), dora=True, lora_plus=16.0, lr=1e-3, weight_decay=0.1, merger=PartRecipe(lr=2e-3)

@@ -81,7 +81,7 @@ def export(
     Never into 4 bits, which would lose the adapter. The result is proved against base and adapter before it is named.
     """
     with _refusing(), _phases() as phases:
-        from training.export import export as run
+        from training.tools.export import export as run
 
         report = run(
             adapter,
@@ -122,7 +122,7 @@ def import_(
 ) -> None:
     """Make a foreign adapter a plain package that the server takes, or say everything that stands against it."""
     with _refusing(), _phases() as phases:
-        from training.importing import import_adapter
+        from training.tools.importing import import_adapter
 
         report = import_adapter(
             source,
@@ -148,11 +148,11 @@ def inspect(
 ) -> None:
     """Show singular values, effective ranks and norms of an adapter's change, by part, layer and module."""
     with _refusing(), _phases() as phases:
-        from training.spectrum import inspect as run
+        from training.tools.spectrum import inspect as run
 
         spectrum = run(adapter, base=base, revision=revision, on_progress=phases)
         if plot is not None:
-            from training.spectrum_plot import plot_spectrum
+            from training.tools.spectrum_plot import plot_spectrum
 
             plot_spectrum(spectrum, plot)
     _say(spectrum.text, spectrum.as_dict, as_json)
@@ -180,7 +180,7 @@ def shrink(
     with _refusing(), _phases() as phases:
         import torch
 
-        from training.shrink import shrink as run
+        from training.tools.shrink import shrink as run
 
         report = run(
             adapter,
@@ -206,7 +206,7 @@ def _dtype(stored: StoredType | None) -> torch.dtype | None:
 @contextmanager
 def _phases() -> Iterator[Phases]:
     from training.commands.phases import Phases
-    from training.progress import open_progress
+    from training.run.progress import open_progress
 
     with Phases(open_progress()) as phases:
         yield phases
@@ -217,7 +217,7 @@ def _refusing() -> Iterator[None]:
     """Refusals become one message on stderr and status 2, a full disk and the like status 1."""
     from adapters.errors import AdapterError, AdapterRejected
     from base.errors import BaseError
-    from training.refusals import ToolRefused
+    from training.tools.refusals import ToolRefused
 
     try:
         yield

@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from training.generation import GeneratorFactory
-    from training.recipe import Recipe
+    from training.recipe.recipe import Recipe
 
 FAILED, REFUSED, GATE = 1, 2, 3
 DEFAULT_GATE = "loss <= base"
@@ -71,7 +71,7 @@ def eval_command(make_generator: GeneratorFactory) -> Callable[..., None]:
 
         Ends with status 3 when a rule of the gate does not hold: the default refuses an adapter worse than the base.
         """
-        from training.recipe import Recipe
+        from training.recipe.recipe import Recipe
 
         recipe = Recipe(
             base=base,
@@ -101,9 +101,9 @@ def _judge(
     as_json: bool,
 ) -> None:
     with _refusing(), tempfile.TemporaryDirectory() as work:
-        from training.appraisal import Appraisal, appraise
         from training.commands.phases import Phases
-        from training.progress import open_progress
+        from training.run.progress import open_progress
+        from training.tools.appraisal import Appraisal, appraise
 
         with Phases(open_progress()) as phases:
             asked = Appraisal(adapter, recipe, has_loss)
@@ -133,11 +133,11 @@ def _refusing() -> Iterator[None]:
     """What cannot be judged is one message on stderr: status 2, or 1 when judging broke off."""
     from adapters.errors import AdapterError
     from base.errors import BaseError
-    from training.dataset import DataRejected
+    from training.data.dataset import DataRejected
+    from training.data.faults import RowRejected
+    from training.data.hub import DataSourceError
     from training.evaluation.errors import EvaluationError
-    from training.faults import RowRejected
-    from training.hub import DataSourceError
-    from training.refusals import ToolRefused
+    from training.tools.refusals import ToolRefused
 
     try:
         yield

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import typer
 
-from training.failures import refusing
-from training.outcome import Broken, Exit, Refused, RunResult
+from training.run.failures import refusing
+from training.run.outcome import Broken, Exit, Refused, RunResult
 
 
 @dataclass(slots=True)

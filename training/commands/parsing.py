@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from training.recipe_flags import Action
+    from training.recipe.flags import Action
 
 PASS_THROUGH: Mapping[str, Any] = {
     "allow_extra_args": True,
@@ -37,7 +37,7 @@ def parse(
     args: Sequence[str], name: str, about: str, action: Action, others: Sequence[inspect.Parameter]
 ) -> None:
     """Read ``args`` as flags of a recipe and ``others``, and call ``action``; raises what typer does."""
-    from training.recipe_flags import CONTEXT, flags_command
+    from training.recipe.flags import CONTEXT, flags_command
 
     parser = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=CONTEXT

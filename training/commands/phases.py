@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.progress import Bar, Progress
+    from training.run.progress import Bar, Progress
 
 
 class Phases:

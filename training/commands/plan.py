@@ -1,6 +1,6 @@
 """`lorikeet plan`: what a training run would take of a device's memory, before anything is loaded.
 
-Owns: the command's own options and what it prints. Does not know: formulas (`training/plan.py`).
+Owns: the command's own options and what it prints. Does not know: formulas (`training/plan/plan.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from training.commands.parsing import AsJson, RecipeFile, option, parse, value
 
 if TYPE_CHECKING:
-    from training.plan_peak import Device
+    from training.plan.peak import Device
 
 ABOUT: Final = """Foretell the memory of a training run, part by part, and what to change when it does not fit.
 
@@ -39,10 +39,10 @@ def command(ctx: typer.Context) -> None:
 def _plan(flags: Mapping[str, object], own: Mapping[str, object]) -> None:
     from training.commands.ending import ending
     from training.commands.train import resolve
-    from training.linter import advise
-    from training.outcome import Exit, RunResult
-    from training.plan import GIB, plan_memory
-    from training.run_plan import base_shape, this_device
+    from training.plan.plan import GIB, plan_memory
+    from training.recipe.linter import advise
+    from training.run.foresight import base_shape, this_device
+    from training.run.outcome import Exit, RunResult
 
     with ending() as end:
         end.is_told = True
@@ -68,7 +68,7 @@ def _plan(flags: Mapping[str, object], own: Mapping[str, object]) -> None:
 
 
 def _device(asked: object, default: Device) -> Device:
-    from training.outcome import Refused
+    from training.run.outcome import Refused
 
     known: dict[object, Device] = {None: default, "cuda": "cuda", "cpu": "cpu"}
     if asked not in known:

@@ -45,12 +45,12 @@ def sweep_command(make_generator: GeneratorFactory) -> Callable[[typer.Context],
 def _sweep(make_generator: GeneratorFactory, flags: Mapping[str, object], own: Mapping[str, object]) -> None:
     from training.commands.ending import ending
     from training.commands.train import folder_of, resolve
-    from training.outcome import Exit, RunResult
-    from training.processes import join_processes
-    from training.progress import open_progress
-    from training.run import Surroundings
-    from training.run_sweep import SweepRequest, sweep
-    from training.sweep import experiments_of, parse_axis, read_axes
+    from training.loop.processes import join_processes
+    from training.run.outcome import Exit, RunResult
+    from training.run.progress import open_progress
+    from training.run.run import Surroundings
+    from training.run.sweeping import SweepRequest, sweep
+    from training.sweep.sweep import experiments_of, parse_axis, read_axes
 
     with ending() as end:
         end.is_told = True

@@ -16,7 +16,7 @@ from training.commands.parsing import AsJson, Out, RecipeFile, option, parse, sw
 
 if TYPE_CHECKING:
     from training.generation import GeneratorFactory
-    from training.recipe_sources import ResolvedRecipe
+    from training.recipe.sources import ResolvedRecipe
 
 RUNS: Final = Path("runs")
 ABOUT: Final = """Train an adapter on the base that serves, judge it beside the base, pack it; --deploy puts it live.
@@ -55,9 +55,9 @@ def train_command(make_generator: GeneratorFactory) -> Callable[[typer.Context],
 
 def _run(make_generator: GeneratorFactory, flags: Mapping[str, object], own: Mapping[str, object]) -> None:
     from training.commands.ending import ending
-    from training.processes import join_processes
-    from training.progress import SilentProgress, open_progress
-    from training.run import DeployTo, RunRequest, Surroundings, run
+    from training.loop.processes import join_processes
+    from training.run.progress import SilentProgress, open_progress
+    from training.run.run import DeployTo, RunRequest, Surroundings, run
 
     with ending(is_json=bool(own["as_json"])) as end:
         resolved = resolve(flags, own)
@@ -78,8 +78,8 @@ def _run(make_generator: GeneratorFactory, flags: Mapping[str, object], own: Map
 
 def resolve(flags: Mapping[str, object], own: Mapping[str, object]) -> ResolvedRecipe:
     """The recipe of the flags over the file; with --resume and no file, over the run's own. Raises RecipeError."""
-    from training.recipe_sources import resolve_recipe
-    from training.rundir import RECIPE, RunFolderError
+    from training.recipe.sources import resolve_recipe
+    from training.run.rundir import RECIPE, RunFolderError
 
     file = own["recipe"]
     if file is None and own.get("resume"):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.processor import Processor
+from training.data.formats import Conversation
 from training.evaluation.answers import AnswerMemory, Progress, Respondent
 from training.evaluation.catalogue import chosen_metrics, expected_numbers
 from training.evaluation.gate import Rule, check_gate, hold
@@ -33,9 +34,8 @@ from training.evaluation.metrics import row_scores, scores
 from training.evaluation.questions import Question, questions_of
 from training.evaluation.verdict import JudgedAnswer, Verdict
 from training.evaluation.vision import VisionDependence, vision_dependence
-from training.formats import Conversation
 from training.generation import Generator
-from training.recipe import Recipe
+from training.recipe.recipe import Recipe
 
 logger = logging.getLogger("lorikeet.training")
 OpenGenerator = Callable[[], AbstractContextManager[Generator]]

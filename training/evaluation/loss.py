@@ -15,11 +15,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from training.batch import Batch
-from training.collator import Collator, Examples
+from training.data.formats import Conversation
+from training.data.labels import Labeller
 from training.evaluation.errors import EvaluationError
-from training.formats import Conversation
-from training.labels import Labeller
+from training.model.batch import Batch
+from training.model.collator import Collator, Examples
 
 Losses = Callable[[Sequence[Conversation], bool], float]
 """(rows, with_adapter) -> nats per label."""
@@ -27,7 +27,7 @@ Batches = Callable[[Sequence[Conversation]], Iterable[Batch]]
 
 
 class LossModel(Protocol):
-    """What is asked of ``training.model.AdaptedBase``."""
+    """What is asked of ``training.model.model.AdaptedBase``."""
 
     def label_losses(self, batch: Batch) -> Tensor:
         """[num_labels] float32, no gradient."""

@@ -18,10 +18,10 @@ from itertools import dropwhile, takewhile
 from PIL import Image
 
 from base.processor import ImagePart, Processor, PromptInputs
+from training.data.faults import Origin
+from training.data.formats import Conversation, PictureRef
+from training.data.labels import Labeller, Outline
 from training.evaluation.errors import EvaluationError
-from training.faults import Origin
-from training.formats import Conversation, PictureRef
-from training.labels import Labeller, Outline
 
 Show = Callable[[PictureRef], ImagePart]
 """What is put before the model for a picture of the row."""

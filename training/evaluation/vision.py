@@ -28,11 +28,11 @@ from statistics import fmean
 from typing import Final
 
 from base.processor import ImagePart
+from training.data.formats import PictureRef
 from training.evaluation.answers import Respondent
 from training.evaluation.catalogue import VISION_METRICS
 from training.evaluation.metrics import exact_match, token_f1
 from training.evaluation.questions import Question, Show, blank
-from training.formats import PictureRef
 
 View = str
 """``true``, ``blank`` or ``swapped``."""

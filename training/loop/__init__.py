@@ -1,0 +1,1 @@
+"""The loop: optimizer steps, stages, checkpoints and what is told of them."""

@@ -1,0 +1,1 @@
+"""What a run ends in: a PEFT folder that proves itself."""

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of recipes, and the table that it ends in."""

@@ -1,0 +1,1 @@
+"""The linears that an adapter sits on."""

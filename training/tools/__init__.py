@@ -1,0 +1,1 @@
+"""Tools for finished adapters: export, import, inspect, shrink, and judging one."""
