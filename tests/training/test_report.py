@@ -298,3 +298,13 @@ def test_histograms_count_by_doubling_bounds() -> None:
     assert histogram.buckets == {16: 2, 32: 2, 64: 1, 1024: 1}
     assert (histogram.median, histogram.p95, histogram.most, histogram.total) == (17, 1000, 1000, 1099)
     assert Histogram.of([]).as_json()["count"] == 0
+
+
+def test_a_renamed_column_that_no_row_has_is_an_error_and_one_file_that_has_it_is_enough(
+    tmp_path: Path, processor: Processor
+) -> None:
+    (tmp_path / "a").mkdir()
+    files = [write(tmp_path / "a", {"q": "What is 1?", "completion": "One."}), write(tmp_path, ask(2))]
+    assert check_data(files, processor, DataRules(columns={"q": "prompt"})).report.train.num_kept == 2
+    with pytest.raises(DataRejected, match="'zzz', which no row has"):
+        check_data(files, processor, DataRules(on_bad="skip", columns={"q": "prompt", "zzz": "images"}))

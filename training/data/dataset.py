@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -85,8 +85,20 @@ def check_data(
     asked = {row.question_digest(): row.origin for row in held.rows}
     learnt = _Split(check, rules, root, on_row, asked).read(train)
     report = DataReport(learnt.report(), held.report() if eval else None, (*learnt.faults, *held.faults))
+    _check_columns(rules.columns, held.renamed | learnt.renamed, report)
     _settle(report, rules)
     return CheckedData(tuple(learnt.rows), tuple(held.rows), report)
+
+
+def _check_columns(columns: Mapping[str, str], renamed: Collection[str], report: DataReport) -> None:
+    """A name that no row has would be passed over in silence."""
+    unknown = sorted(columns.keys() - set(renamed))
+    if unknown:
+        raise DataRejected(
+            report,
+            f"columns renames {', '.join(map(repr, unknown))}, which no row has: columns is "
+            "NAME_IN_THE_FILE=NAME_OF_THE_FORMAT; correct it, or leave it out",
+        )
 
 
 def _settle(report: DataReport, rules: DataRules) -> None:
@@ -179,6 +191,11 @@ class _Split:
                 FaultKind.LEAK, "", shown(Found(f"the question of {other} in the evaluation")),
                 "training rows that the evaluation does not hold", "remove it from one of them",
             )  # fmt: skip
+
+    @property
+    def renamed(self) -> set[str]:
+        """Names of ``columns`` that a row had."""
+        return {name for file in self._files for name in file.renamed}
 
     def report(self) -> SplitReport:
         pictured = [size.num_image_tokens for size in self._sizes if size.num_image_tokens]

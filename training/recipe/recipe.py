@@ -152,8 +152,8 @@ class Recipe:
     warmup_ratio: float = _loop(0.03, "share of the steps", "The rate rises to its peak over them.", low=0, below=1)
     warmup_steps: int | None = _loop(None, "optimizer steps", "Instead of the ratio; naming both is an error.", low=0)
     scheduler: Scheduler = _loop("cosine", "name", "How the rate falls after its peak.")
-    optimizer: Optimizer = _loop("adamw", "name", "8-bit states take 2 bytes a number instead of 8 and need CUDA; "
-                                 "paged ones wait in host memory when the device is full.")
+    optimizer: Optimizer = _loop("adamw", "name", "8-bit states take 2 bytes a number instead of 8; "
+                                 "paged ones need CUDA, and wait in host memory when the device is full.")
     weight_decay: float = _loop(0.0, "share a step, times lr", "An adapter has little to decay to.", low=0, high=1)
     max_grad_norm: float = _loop(1.0, "norm", "A larger gradient is scaled down to it; 0 leaves it.", low=0)
     seed: int = _loop(0, "number", "Of A, the order of rows, dropout and augmentation.", low=0, high=2**32 - 1)

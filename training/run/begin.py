@@ -15,6 +15,7 @@ from typing import Final
 from training.evaluation import Judging, check_judging
 from training.generation import GeneratorFactory
 from training.loop.ranks import Ranks
+from training.loop.reporters import ReporterMissing, check_reporters
 from training.recipe.linter import advise
 from training.recipe.recipe import Recipe
 from training.recipe.sources import RecipeError, ResolvedRecipe, resolve_recipe
@@ -71,6 +72,10 @@ def check_request(request: RunRequest) -> None:
         raise Refused("there is no data to train on: --data rows.jsonl")
     if request.deploy_to is not None and not request.deploy_to.url.startswith(("http://", "https://")):
         raise Refused(f"--deploy {request.deploy_to.url} is no address of a server: http://host:8000")
+    try:
+        check_reporters(recipe.report_to)
+    except ReporterMissing as missing:
+        raise Refused(str(missing)) from missing
     problems = [advice.text for advice in advise(recipe) if advice.level == "error"]
     if problems:
         raise Refused("\n".join(problems))

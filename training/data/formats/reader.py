@@ -36,12 +36,14 @@ class DataFile:
         self._is_named = kind is not None
         self.unused: Counter[str] = Counter()
         """Columns that nothing was learnt from, with the number of rows that have them."""
+        self.renamed: set[str] = set()
+        """Names of ``columns`` that at least one row had."""
         self._root = root or PictureRoot(path.parent)
         self._columns = columns
 
     def __iter__(self) -> Iterator[Conversation | Fault]:
         """Each row in the file's order, as a Conversation or as what is wrong with it."""
-        for item in read_rows(self.path, self._columns):
+        for item in read_rows(self.path, self._columns, self.renamed.add):
             yield item if isinstance(item, Fault) else self._conversation(item)
 
     def _conversation(self, row: Row) -> Conversation | Fault:

@@ -28,8 +28,13 @@ class Row:
     origin: Origin
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row | Fault]:
-    """Every row of ``path``; ``columns`` renames fields (name in the file -> name of the format)."""
+def read_rows(
+    path: Path, columns: Mapping[str, str] | None = None, on_rename: Callable[[str], None] | None = None
+) -> Iterator[Row | Fault]:
+    """Every row of ``path``; ``columns`` renames fields (name in the file -> name of the format).
+
+    ``on_rename`` is told each name that a row has and that was changed.
+    """
     renames = dict(columns or {})
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -40,13 +45,13 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
     finish = _with_json_cells if reader is _read_csv else _as_it_is
     try:
         for item in reader(path):
-            renamed = item if isinstance(item, Fault) else _renamed(item, renames)
+            renamed = item if isinstance(item, Fault) else _renamed(item, renames, on_rename)
             yield renamed if isinstance(renamed, Fault) else finish(renamed)
     except OSError as error:
         yield _bad_file(path, 1, path.name, "a file that can be read", f"check it: {error.strerror}")
 
 
-def _renamed(row: Row, renames: Mapping[str, str]) -> Row | Fault:
+def _renamed(row: Row, renames: Mapping[str, str], on_rename: Callable[[str], None] | None) -> Row | Fault:
     if not renames:
         return row
     fields: dict[str, object] = {}
@@ -61,6 +66,8 @@ def _renamed(row: Row, renames: Mapping[str, str]) -> Row | Fault:
                 "rename the other one too",
             ).at(row.origin)
         fields[target] = value
+        if name in renames and on_rename is not None:
+            on_rename(name)
     return Row(fields, row.origin)
 
 
