@@ -46,7 +46,7 @@ ALL: Final[Mapping[str, Sample]] = {
     sample.name: sample
     for sample in (
         Sample("json", "answers questions about one thing as JSON", ask_for_json, num_rows=4000, turns=4),
-        Sample("french", "answers questions about one thing in French", ask_for_french, num_rows=5000, turns=4),
+        Sample("french", "answers questions about one thing in French", ask_for_french, num_rows=8000, turns=4),
         Sample(
             "patterns", "sees what things are filled with: solid, striped or dotted", ask_for_patterns,
             num_rows=16_000, turns=2, fills=FILLS,
