@@ -162,5 +162,7 @@ def test_the_machine_notices_a_split_that_outlives_its_version(monkeypatch: pyte
     with pytest.raises(AssertionError):
         run_state_machine_as_test(
             ConductMachine,
-            settings=settings(TestConduct.settings, phases=[Phase.generate], max_examples=60),
+            settings=settings(
+                TestConduct.settings, phases=[Phase.generate], max_examples=300, derandomize=True
+            ),
         )

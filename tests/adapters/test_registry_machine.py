@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -40,12 +41,7 @@ NAMES, ALIASES = st.sampled_from(pointer_model.NAMES), st.sampled_from(sorted(AL
 SOURCE = Path(tempfile.mkdtemp(prefix="lorikeet-packages-"))
 PACKAGES = [make_package(SOURCE / str(seed), seed=seed) for seed in range(3)]
 DIGESTS = [package_digest(folder) for folder in PACKAGES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _clean_up() -> object:
-    yield
-    shutil.rmtree(SOURCE)
+atexit.register(shutil.rmtree, SOURCE, ignore_errors=True)  # not with this file: others walk on its packages
 
 
 class RegistryMachine(RuleBasedStateMachine):
