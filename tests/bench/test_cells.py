@@ -94,7 +94,7 @@ def test_pairs_share_what_their_name_says(server: tuple[Server, Script], name: s
 
 def test_guests_arrive_beside_hosts(server: tuple[Server, Script]) -> None:
     ours, script = server
-    script.gap_s = 0.01  # hosts decode for a third of a second
+    script.gap_s = 0.04  # hosts decode for over a second
     cell = run_scenario(ours.endpoint, SCENARIOS["storm"], replace(PLAN, num_repeats=1), silent)
     assert script.most_at_once > 8
     assert len({str(body["adapter"]) for body in script.bodies}) == 40

@@ -203,12 +203,19 @@ def test_an_engine_that_cannot_be_built_leaves_the_base_alone(
     assert not any(isinstance(child, MultiLoraLinear) for child in base.module.modules())
 
 
-def test_training_on_a_base_goes_on_as_if_nobody_had_asked_in_between(prompts: list[PromptInputs]) -> None:
+def test_training_on_a_base_goes_on_as_if_nobody_had_asked_in_between(
+    prompts: list[PromptInputs], tmp_path: Path
+) -> None:
     """In fp32, on the same linears: the same gradients to the bit before and after an engine's life."""
     base = load_base(BaseConfig(quantization="none", dtype="float32", device="cpu"))
     before = gradients(base, prompts[0])
     with OfflineEngine(base) as engine:
-        assert engine.generate(prompts[:2], FRENCH, max_tokens=4)
+        for name in (
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ):  # its lorikeet.json names the base in 4 bits
+            shutil.copyfile(FRENCH / name, tmp_path / name)
+        assert engine.generate(prompts[:2], tmp_path, max_tokens=4)
         assert engine.last_logits(prompts[0], None).dtype is torch.float32
     after = gradients(base, prompts[0])
     assert before.keys() == after.keys() != set()

@@ -135,7 +135,9 @@ def test_fetches_take_the_two_load_places_and_others_are_served_meanwhile(
     hub.gate.set()
     for way in ways:
         way.join(20)
-    assert sorted(reply.status_code for reply in replies) == [200, 201]
+    # who comes second may come before the first has promoted it; there is one version either way
+    assert {reply.status_code for reply in replies} <= {200, 201}
+    assert {reply.json()["version"] for reply in replies} == {1}
     assert len(hub.downloads()) in (len(hub.repos["acme/invoices"]), 2 * len(hub.repos["acme/invoices"]))
 
 

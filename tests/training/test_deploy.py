@@ -277,7 +277,7 @@ def test_another_s_promotion_meanwhile_is_told(scripted: tuple[str, type[Scripte
     url, handler = scripted
     upload: Reply = (201, {}, json.dumps({"id": "up-1", "source": "upload:up-1"}).encode())
     theirs = {"name": "a", "version": 9, "digest": "0" * 64}
-    handler.replies = [upload] * 4 + [
+    handler.replies = [upload] * (1 + len(list(OLD.iterdir()))) + [
         (201, {}, json.dumps({"name": "a", "version": 8}).encode()),
         (200, {}, json.dumps(theirs).encode()),
     ]
