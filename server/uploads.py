@@ -9,7 +9,6 @@ registry copies and checks them like any other package's. The event loop's threa
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.copying import storage_errors
+from adapters.folder_lock import lock_folder
 from adapters.package import COPIED_NAMES
 from server.errors import WireError, retry_after, shorten
 
@@ -85,7 +85,7 @@ class Uploads:
         """Delete what servers that are gone have left; how many. At start, and it spares other servers' uploads."""
         num_cleared = 0
         for folder in list(self._root.iterdir()) if self._root.is_dir() else []:
-            lock = _lock(folder, fcntl.LOCK_EX)
+            lock = lock_folder(folder, "alone")
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
@@ -109,7 +109,7 @@ class Uploads:
             self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(mode=0o700)
         upload = Upload(upload_id, owner, folder, time.time(), touched_s=self._clock())
-        upload.lock = _lock(folder, fcntl.LOCK_SH) or -1
+        upload.lock = lock_folder(folder, "shared") or -1
         self._open[upload_id] = upload
         self._watch(upload)
         return upload
@@ -190,17 +190,3 @@ def _delete(upload: Upload) -> None:
     shutil.rmtree(upload.folder, ignore_errors=True)
     if upload.lock >= 0:
         os.close(upload.lock)
-
-
-def _lock(folder: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock until it is closed; None if another process lives on the folder."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -32,7 +32,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
 EXCEPTIONS: Mapping[str, tuple[str, ...]] = {
     "bench.kernels": ("adapters",),
     # What the processor takes and gives back, what it raises, and the frozen facts about the base: plain values.
-    "server": ("base.prompt", "base.errors", "base.config", "base.model.BaseSpec"),
+    "server": ("base.decode", "base.prompt", "base.errors", "base.config", "base.model.BaseSpec"),
     # Offline: builds the base's modules on the meta device to know its linears; no request passes here.
     "server.commands.check": ("base.pocket",),
     # The composition root: the one file of the server that loads the base and hands it to the engine.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.copying import storage_errors
+from adapters.folder_lock import lock_folder
 
 _PREFIX = "fetch-"
 
@@ -41,7 +42,7 @@ class Landing:
         """Delete what servers that are gone have left; how many. It spares what another server fetches now."""
         num_cleared = 0
         for folder in sorted(self._root.glob(f"{_PREFIX}*")) if self._root.is_dir() else []:
-            lock = _try_lock(folder, fcntl.LOCK_EX)
+            lock = lock_folder(folder, "alone")
             if lock is not None:
                 Berth(folder, lock).clear()
                 num_cleared += 1
@@ -58,18 +59,4 @@ class Landing:
 def _lock(folder: Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return descriptor
-
-
-def _try_lock(folder: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock until it is closed; None if another process lives on the folder."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
     return descriptor

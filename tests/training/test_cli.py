@@ -7,18 +7,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import typer
-from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import training.run.run
-from base.model import BaseModel
-from base.prompt import PromptInputs
+from tests.training.fixed_answers import FixedAnswers
 from training.cli import add_commands
 from training.run.outcome import Broken, Exit, Refused, RunResult
 from training.run.run import RunRequest, Surroundings
@@ -27,32 +24,9 @@ from training.samples.rows import ALL, write_rows
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Echo:
-    """A generator that answers everything with one token."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-
-    def generate(
-        self,
-        prompts: Sequence[PromptInputs],
-        adapter: Path | None,
-        *,
-        max_tokens: int,
-        on_answer: Callable[[], None] | None = None,
-    ) -> list[tuple[int, ...]]:
-        return [(self._base.processor.encode("red")[0],) for _ in prompts]
-
-    def last_logits(self, prompt: PromptInputs, adapter: Path | None) -> Tensor:
-        return torch.zeros(self._base.spec.vocab_size)
-
-    def close(self) -> None:
-        pass
-
-
 def invoke(*args: str) -> Result:
     app = typer.Typer()
-    add_commands(app, Echo)
+    add_commands(app, partial(FixedAnswers, text="red"))
     return CliRunner().invoke(app, list(args))
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 import training.run.bases
 import training.run.run
@@ -19,8 +17,8 @@ from adapters.profile import read_profile
 from base.config import BaseConfig
 from base.loader import load_base
 from base.model import BaseModel
-from base.prompt import PromptInputs
 from engine.offline import OfflineEngine
+from tests.training.fixed_answers import FixedAnswers
 from training.deploy import Deployed, DeployError
 from training.loop.observer import TrainOutcome
 from training.loop.ranks import Ranks
@@ -38,29 +36,6 @@ FLAGS: dict[str, object] = {
     "accumulation": "2", "dropout": "0.1", "save_steps": "2", "sample_rows": "1", "max_new_tokens": "6",
     "metrics": "exact_match",
 }  # fmt: skip
-
-
-class Scribe:
-    """A generator of no words: enough where what an adapter answers does not matter."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-
-    def generate(
-        self,
-        prompts: Sequence[PromptInputs],
-        adapter: Path | None,
-        *,
-        max_tokens: int,
-        on_answer: Callable[[], None] | None = None,
-    ) -> list[tuple[int, ...]]:
-        return [() for _ in prompts]
-
-    def last_logits(self, prompt: PromptInputs, adapter: Path | None) -> Tensor:
-        return torch.arange(self._base.spec.vocab_size, dtype=torch.float32)
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +61,7 @@ def request(rows: Path, folder: Path, **flags: object) -> RunRequest:
 
 
 def go(asked: RunRequest) -> RunResult:
-    return run(asked, Surroundings(Scribe, SilentProgress(), Ranks()))
+    return run(asked, Surroundings(FixedAnswers, SilentProgress(), Ranks()))
 
 
 @pytest.fixture(scope="module")

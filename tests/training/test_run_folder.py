@@ -12,13 +12,14 @@ from base.prompt import TextPart
 from training.data.faults import Origin
 from training.data.formats import Conversation, Turn
 from training.data.heldout import hold_out
+from training.durable import write_whole
 from training.run.rundir import RunFolder, RunFolderError
 
 
 def _ran(root: Path) -> Path:
     """A folder in which a run has begun to train."""
     with RunFolder(root) as folder:
-        folder.write_text(folder.recipe, "name: a\n")
+        write_whole(folder.recipe, "name: a\n")
         (root / "log.jsonl").write_text("{}\n")
         (root / "checkpoints").mkdir()
     return root
@@ -45,7 +46,7 @@ def test_a_run_is_not_begun_over_another_unless_asked(tmp_path: Path) -> None:
 
 def test_a_run_that_never_trained_is_begun_again_without_being_asked(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "a") as folder:
-        folder.write_text(folder.recipe, "name: a\n")
+        write_whole(folder.recipe, "name: a\n")
         folder.write_json(folder.data, {})
     with RunFolder(tmp_path / "a") as folder:
         assert not folder.data.exists()

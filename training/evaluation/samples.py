@@ -19,8 +19,8 @@ from typing import Final
 
 from base.processor import Processor
 from training.data.formats import Conversation
+from training.durable import write_whole
 from training.evaluation.answers import AnswerMemory, Progress, Respondent
-from training.evaluation.files import write_whole
 from training.evaluation.questions import Question, questions_of
 from training.evaluation.sheet import Panel, draw_sheet
 from training.evaluation.text import plain

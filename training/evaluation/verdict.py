@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.data.faults import Origin
+from training.durable import write_whole
 from training.evaluation.catalogue import MEASURES, Measure, json_number
-from training.evaluation.files import write_whole
 from training.evaluation.gate import GateResult
 from training.evaluation.general import GeneralAbility
 from training.evaluation.vision import VisionDependence

@@ -15,12 +15,13 @@ sizes. Place in a training run: between steps.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
+
+from training.durable import sync
 
 FOLDER: Final = "checkpoints"
 ADAPTER: Final = "adapter.safetensors"
@@ -177,12 +178,12 @@ class Checkpoints:
 
     def _settle(self, draft: Path, final: Path) -> None:
         for path in draft.iterdir():
-            _sync(path)
-        _sync(draft)
+            sync(path)
+        sync(draft)
         if final.exists():  # of the same step, broken or from a run that was resumed before it
             shutil.rmtree(final)
         draft.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
 
     def _remove_old(self, state: RunState) -> None:
         complete = self.complete()
@@ -205,14 +206,6 @@ def _opened(folder: Path) -> Checkpoint | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return checkpoint if sizes == record["files"] else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shown(recipe: Mapping[str, object], key: str) -> str:

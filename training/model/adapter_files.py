@@ -6,7 +6,6 @@ the end.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
@@ -17,6 +16,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
+
+from training.durable import sync
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -37,6 +38,5 @@ def save_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor], 
 
 def _move_synced(source: Path, target: Path) -> None:
     """On the disk before it has its name."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(source)
     source.replace(target)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from training.durable import sync
 from training.tools.refusals import FolderRefused
 
 
@@ -49,19 +50,11 @@ def _settle(partial: Path, target: Path) -> None:
     if not files:
         raise FolderRefused(target, "nothing was written to it")
     for path in files:
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
     partial.chmod(0o777 & ~_umask())  # mkdtemp made it private
     partial.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from training.durable import write_whole
 from training.evaluation import Judging, check_judging
 from training.generation import GeneratorFactory
 from training.loop.ranks import Ranks
@@ -95,13 +96,13 @@ def opened(request: RunRequest, ranks: Ranks) -> Iterator[RunFolder | None]:
     with folder:
         before = folder.recipe.read_text("utf-8") if request.is_resumed else None
         if not (request.is_resumed and _is_of(request.recipe, folder.recipe)):
-            folder.write_text(folder.recipe, request.resolved.as_yaml())
+            write_whole(folder.recipe, request.resolved.as_yaml())
         ranks.wait()
         try:
             yield folder
         except Refused:
             if before is not None:  # what could not go on as it was asked to still can as it was begun
-                folder.write_text(folder.recipe, before)
+                write_whole(folder.recipe, before)
             raise
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from training.deploy import DeployError, deploy
+from training.durable import write_whole
 from training.evaluation import Verdict
 from training.loop.observer import TrainOutcome
 from training.model.model import AdaptedBase
@@ -66,7 +67,7 @@ def _check_gradients(
 ) -> None:
     table = bench.gradients(model, recipe)
     if folder is not None:
-        folder.write_text(folder.gradients, table.text() + "\n")
+        write_whole(folder.gradients, table.text() + "\n")
         folder.write_json(folder.gradients.with_suffix(".json"), table.as_json())
     progress.note(table.text())
     table.check()

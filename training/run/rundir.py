@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from training.durable import write_whole
+
 RECIPE: Final = "recipe.yaml"
 LOG: Final = "log.jsonl"
 LOCK: Final = ".lock"
@@ -103,17 +105,8 @@ class RunFolder:
 
     # ---- writing
 
-    def write_text(self, path: Path, text: str) -> None:
-        """Whole or not at all, also when the machine stops now."""
-        draft = path.with_name(f".{path.name}.draft")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-
     def write_json(self, path: Path, value: object) -> None:
-        self.write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     # ---- holding it
 

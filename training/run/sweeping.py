@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from training.durable import write_whole
 from training.evaluation import Judging, check_judging
 from training.recipe.linter import advise
 from training.recipe.recipe import Recipe
@@ -52,7 +53,7 @@ def sweep(request: SweepRequest, around: Surroundings) -> SweepTable:
         _check(request, around)
         folder = RunFolder(request.folder, is_resumed=(request.folder / RECIPE).exists())
     with folder, refusing():
-        folder.write_text(folder.recipe, request.resolved.as_yaml())
+        write_whole(folder.recipe, request.resolved.as_yaml())
         recipe = request.resolved.recipe
         data = gather(recipe, request.folder.parent / HUB, folder, around.progress, around.ranks)
         around.progress.note(data.text())

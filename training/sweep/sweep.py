@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from training.durable import write_whole
 from training.evaluation.catalogue import measure
-from training.evaluation.files import write_whole
 from training.recipe.recipe import Recipe
 from training.sweep.grid import Experiment, SweepError, experiments_of, parse_axis, read_axes
 from training.sweep.plot import draw_sweep

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from training.durable import write_whole
 from training.evaluation.catalogue import json_number, measure
-from training.evaluation.files import write_whole
 from training.sweep.grid import Experiment
 
 BLEU: Final = "bleu"

@@ -19,9 +19,9 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
+from base.decode import decode, orientation
 from base.prompt import ImagePart
 from training.data.faults import FaultKind, Found, RowRejected
-from training.data.formats.decode import decode, orientation
 
 DEFAULT_MAX_PIXELS: Final = 16_777_216
 """Of one picture before resizing; the server's default, so that what trains can be served."""
