@@ -99,6 +99,16 @@ class Shelf:
         return share + (self.site.out_features * 4 if form.is_dora else 0)
 
 
+def bank_bytes(sites: SiteTable, num_slots: int, max_rank: int, itemsize: int) -> int:
+    """What a bank takes once each slot holds ``max_rank`` everywhere. Slots of several ranks at a site take more, and
+    where that does not fit the load fails, not the step."""
+    rank = page_rank(max_rank)
+    return sum(
+        num_slots * rank * (site.in_features + -(-site.out_features // OUT_TILE) * OUT_TILE) * itemsize
+        for site in sites.values()
+    )
+
+
 class SlotBank:
     """``stage`` may be called from any thread, the rest from the engine's only."""
 

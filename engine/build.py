@@ -12,7 +12,7 @@ from adapters.mover import Mover
 from adapters.registry import Registry
 from adapters.residency import Residency
 from adapters.routing import RoutingSet
-from adapters.sites import discover_sites
+from adapters.sites import SiteTable, discover_sites
 from adapters.slots import SlotBank
 from base.linear import dequantised_weight
 from base.model import BaseModel
@@ -24,6 +24,7 @@ from engine.executor import Executor
 from engine.grammar import GrammarCompiler
 from engine.kv import KVCache, kv_bytes_per_token
 from engine.lifecycle import Lifecycle
+from engine.memory import MemoryPlan, plan_memory
 from engine.messages import Wake
 from engine.observer import Observer, SilentObserver
 from engine.probe import Probe, probe_blocks
@@ -42,21 +43,24 @@ def build_engine(
 ) -> EngineClient:
     """Attach the adapter layers to the base, take the KV memory, warm up, and start the engine's thread.
 
-    Mutates ``base``: its linears are wrapped. One engine a base.
+    Mutates ``base``: its linears are wrapped. One engine a base. Raises ValueError where the memory cannot hold it.
     """
     watcher = observer or SilentObserver()
-    bank, routing = _attach_adapters(base, config)
-    num_blocks = _num_blocks(base, config)
+    sites = discover_sites(base.module)
+    num_probe_blocks = probe_blocks(base, config.block_size)
+    plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks)
+    _log_plan(plan)
+    bank, routing = _attach_adapters(base, sites, config)
+    num_blocks = plan.kv_bytes // kv_bytes_per_token(base.spec, base.dtype) // config.block_size
     max_model_len = _max_model_len(base, config, num_blocks)
     vision_cache = VisionCache(config.vision_cache_bytes)
-    num_probe_blocks = probe_blocks(base, config.block_size)
     cache = KVCache(base.spec, num_blocks + num_probe_blocks, config.block_size, base.dtype, base.device)
     runner = Runner(base, routing, cache, vision_cache)
     probe = Probe(base, runner, vision_cache, num_blocks, config.block_size)
     residency = Residency(config.num_slots)
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
-    client = EngineClient(config, max_model_len, grammars, base.processor)
+    client = EngineClient(config, max_model_len, grammars, base.processor, plan)
     mover = Mover(
         bank, ComposingReader(registry.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
     )
@@ -72,25 +76,21 @@ def build_engine(
     return client
 
 
-def _attach_adapters(base: BaseModel, config: EngineConfig) -> tuple[SlotBank, RoutingSet]:
-    sites = discover_sites(base.module)
-    # PEFT computes LoRA in fp32 beside a 16-bit base: on a CPU we do the same; on a GPU fp32 would halve the speed
-    dtype = torch.float32 if base.device.type == "cpu" else base.dtype
-    bank = SlotBank(sites, config.num_slots, config.max_rank, dtype, base.device)
+def _slot_dtype(base: BaseModel) -> torch.dtype:
+    """PEFT computes LoRA in fp32 beside a 16-bit base: on a CPU we do the same; on a GPU fp32 would halve the speed."""
+    return torch.float32 if base.device.type == "cpu" else base.dtype
+
+
+def _attach_adapters(base: BaseModel, sites: SiteTable, config: EngineConfig) -> tuple[SlotBank, RoutingSet]:
+    bank = SlotBank(sites, config.num_slots, config.max_rank, _slot_dtype(base), base.device)
     routing = RoutingSet.on(base.device)
     attach(base.module, sites, bank, routing, dequantised_weight)
     return bank, routing
 
 
-def _num_blocks(base: BaseModel, config: EngineConfig) -> int:
-    num_tokens = config.kv_bytes // kv_bytes_per_token(base.spec, base.dtype)
-    num_blocks = num_tokens // config.block_size
-    if num_blocks < 1:
-        need = kv_bytes_per_token(base.spec, base.dtype) * config.block_size
-        raise ValueError(
-            f"kv_memory is {config.kv_bytes} bytes; one block of this base takes {need}: raise kv_memory"
-        )
-    return num_blocks
+def _log_plan(plan: MemoryPlan) -> None:
+    parts = " ".join(f"{name.replace(' ', '_')}_mib={size / 2**20:.1f}" for name, size in plan.parts.items())
+    logger.info("engine.memory budget_mib=%.0f %s", (plan.budget_bytes or 0) / 2**20, parts)
 
 
 def _max_model_len(base: BaseModel, config: EngineConfig, num_blocks: int) -> int:

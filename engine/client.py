@@ -18,6 +18,7 @@ from engine.detokenizer import TokenTable
 from engine.engine import Engine
 from engine.errors import ContextTooLong, Draining, EngineDown, QueueFull
 from engine.grammar import GrammarCompiler
+from engine.memory import MemoryPlan
 from engine.messages import (
     Abort,
     Failed,
@@ -52,8 +53,10 @@ class EngineClient:
         max_model_len: int,
         grammars: GrammarCompiler,
         tokens: TokenTable,
+        memory: MemoryPlan,
     ) -> None:
         self._config = config
+        self.memory = memory
         self.max_model_len = max_model_len
         self._grammars = grammars
         # threads of their own: schemas that take long hold up other schemas, and nothing else

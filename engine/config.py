@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEFAULT_KV_BYTES = 256 << 20
+"""Where neither its size nor a budget for all is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """How much of the device's memory may be used: ``num_bytes``, or a ``share`` of what the device has."""
+
+    num_bytes: int | None = None
+    share: float | None = None
+
+    def of(self, device_bytes: int) -> int:
+        """Bytes, on a device with ``device_bytes``."""
+        if self.num_bytes is not None:
+            return self.num_bytes
+        return int(device_bytes * (1.0 if self.share is None else self.share))
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -14,8 +31,11 @@ class EngineConfig:
     max_rank: int = 64
     block_size: int = 16
     """Tokens per KV block; 16 is the field's usual compromise between waste and table length."""
-    kv_bytes: int = 256 << 20
-    """Bytes for keys and values of all layers together."""
+    device_memory: MemoryBudget | None = None
+    """Of everything together: weights, slots, KV, images, a step's own. None takes 0.9 of a GPU whose
+    ``kv_bytes`` is open; otherwise nothing is bounded."""
+    kv_bytes: int | None = None
+    """Bytes for keys and values of all layers together; None takes what ``device_memory`` leaves, 256 MiB without."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens; None takes the base's own limit. Never more than the KV cache holds."""
     max_batch_tokens: int = 512

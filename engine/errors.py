@@ -9,6 +9,7 @@ EngineError
 ├── NumericalError       the model gave NaN for this request alone
 ├── AdapterUnavailable   its adapter could not be loaded (carries the AdapterError)
 ├── GrammarError         its schema or grammar cannot be compiled, or cannot be followed any further
+├── OutOfMemory          the device has no room for it, even alone
 └── StepFailed           this request made its step throw
 """
 
@@ -55,6 +56,10 @@ class AdapterUnavailable(EngineError):
 
 
 class GrammarError(EngineError):
+    pass
+
+
+class OutOfMemory(EngineError):
     pass
 
 

@@ -1,5 +1,10 @@
 """Executor: a plan in, one outcome a chunk out. It runs the model and the sampler, and when a step throws it halves the
 plan until only the culprit fails; its neighbours' tokens are the same as without it.
+
+A step that runs out of memory has no culprit: it is done in smaller parts, and later steps stay small for a while.
+Where one sequence's part does not fit alone, its images are encoded one by one, then its piece of the prompt is halved;
+only what still does not fit fails. All but the last are exact to the bit on a CPU; a halved piece rounds its attention
+otherwise, which is better than no answer.
 """
 
 from __future__ import annotations
@@ -7,11 +12,12 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from engine.errors import EngineError, NumericalError, StepFailed
+from engine.errors import EngineError, NumericalError, OutOfMemory, StepFailed
+from engine.exhaustion import Ceiling, halves, is_out_of_memory
 from engine.messages import TokenLogprob
 from engine.observer import ImagesEncoded, Observer, StepRetried
 from engine.runner import Runner
@@ -46,17 +52,57 @@ class Executor:
         self._runner = runner
         self._sampler = sampler
         self._observer = observer
+        self._ceiling = Ceiling()
 
     def execute(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
         """Outcomes in plan order. Raises nothing that a request's content can cause."""
         if not plan.chunks:
             return []
+        return [outcome for part in self._ceiling.parts(plan) for outcome in self._execute(part, clock)]
+
+    def _execute(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
         try:
-            return self._attempt(plan, clock)
+            outcomes = self._attempt(plan, clock)
         except Exception as error:  # noqa: BLE001  (whatever a step throws, only its culprit may fail)
             # the frames hold the failed step's tensors: after "out of memory" the retry needs their room
             traceback.clear_frames(error.__traceback__)
-            return self._isolate(plan, error, clock)
+            return self._shrink(plan, clock) if is_out_of_memory(error) else self._isolate(plan, error, clock)
+        self._ceiling.note_success()
+        return outcomes
+
+    def _shrink(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+        """It found no room: give back what can be spared and do less at once."""
+        self._runner.free_memory()
+        self._observer.record(StepRetried(0, "OutOfMemory"))
+        logger.warning("step.out_of_memory chunks=%d tokens=%d", len(plan.chunks), plan.num_tokens)
+        if len(plan.chunks) == 1:
+            return [self._squeeze(plan, clock)]
+        self._ceiling.lower(plan.num_tokens)
+        return self._halve(plan, clock)
+
+    def _squeeze(self, plan: StepPlan, clock: PhaseClock) -> Outcome:
+        """One chunk in as little room as it can be done in."""
+        try:
+            self._runner.encode_each(plan.image_jobs)
+            return self._attempt(plan, clock)[0]
+        except Exception as error:  # noqa: BLE001  (as in _execute)
+            traceback.clear_frames(error.__traceback__)
+            if not is_out_of_memory(error):
+                return self._isolate(plan, error, clock)[0]
+        self._runner.free_memory()
+        chunk = plan.chunks[0]
+        if chunk.num_tokens == 1:
+            logger.error("step.no_memory request_id=%s", chunk.sequence.request_id)
+            self._observer.record(StepRetried(1, "OutOfMemory"))
+            return Outcome(
+                chunk, error=OutOfMemory("the device has no memory for this request; try again later")
+            )
+        first, second = halves(chunk)
+        before = self._squeeze(plan.only([first]), clock)
+        if before.error is not None:
+            return replace(before, chunk=chunk)
+        after = self._squeeze(plan.only([second]), clock)
+        return replace(after, chunk=chunk, prompt_logprobs=before.prompt_logprobs + after.prompt_logprobs)
 
     def _isolate(self, plan: StepPlan, error: Exception, clock: PhaseClock) -> list[Outcome]:
         """Halve and retry. A single chunk that throws is the culprit."""
@@ -66,9 +112,12 @@ class Executor:
             self._observer.record(StepRetried(1, name))
             failure = StepFailed(f"this request made its step fail ({name})")
             return [Outcome(plan.chunks[0], error=error if isinstance(error, EngineError) else failure)]
+        return self._halve(plan, clock)
+
+    def _halve(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
         half = len(plan.chunks) // 2
         parts = (plan.only(plan.chunks[:half]), plan.only(plan.chunks[half:]))
-        return [outcome for part in parts for outcome in self.execute(part, clock)]
+        return [outcome for part in parts for outcome in self._execute(part, clock)]
 
     def _attempt(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
         step = self._runner.run(plan)

@@ -12,13 +12,14 @@ import logging
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterRejected, RejectReason
+from adapters.errors import AdapterRejected, InsufficientMemory, RejectReason
 from adapters.profile import ProcessorFacts, Proof, RecordedProbe
 from adapters.ref import BASE, AdapterRef
 from base.model import BaseModel
 from base.probes import QUESTIONS, ProbeQuestion, probe_prompts
 from base.processor import Processor
 from base.prompt import PromptInputs
+from engine.exhaustion import is_out_of_memory
 from engine.replay import Replay, check_ids, compare
 from engine.request import GenerationRequest
 from engine.runner import Runner
@@ -109,7 +110,11 @@ class Probe:
             self._vision_cache.pin(key)
         try:
             return self._runner.run(plan).split()
-        except Exception as error:  # an adapter that makes the model throw is the adapter's fault
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._runner.free_memory()
+                raise InsufficientMemory(f"no memory to prove adapter {ref}; try again later") from error
+            # an adapter that makes the model throw is the adapter's fault
             raise AdapterRejected(
                 RejectReason.PROBE_FAILED, f"adapter {ref} makes the model fail ({type(error).__name__})"
             ) from error

@@ -66,6 +66,18 @@ class Runner:
             forward_s=time.monotonic() - encoded_s,
         )
 
+    @torch.inference_mode()
+    def encode_each(self, jobs: Iterable[ImageJob]) -> None:
+        """Encode images one at a time: the same embeddings in the least room."""
+        for job in jobs:
+            self._encode((job,))
+
+    def free_memory(self) -> None:
+        """Give back what no running sequence needs: embeddings that wait for another question, unused blocks."""
+        self._vision_cache.shed()
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _embed(self, batch: Batch) -> Tensor:
         """[T, H]: token embeddings, with image rows in the places of their placeholders."""
         embeds = self._base.embed_tokens(batch.ids)

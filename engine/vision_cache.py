@@ -56,6 +56,11 @@ class VisionCache:
             del self._pins[key]
             self._shrink()
 
+    def shed(self) -> None:
+        """Drop all that nobody has pinned: the device needs the room."""
+        for key in [k for k in self._entries if k not in self._pins]:
+            self.num_bytes -= self._entries.pop(key).nbytes
+
     def _shrink(self) -> None:
         if self.num_bytes <= self._max_bytes:
             return

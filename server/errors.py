@@ -45,6 +45,7 @@ from engine.errors import (
     EngineDown,
     GrammarError,
     NumericalError,
+    OutOfMemory,
     QueueFull,
 )
 from server.wording import encodable, without_host_paths
@@ -137,6 +138,8 @@ def _from_engine(exc: Exception) -> WireError | None:
             return invalid_request(text)
         case DeadlineExceeded():
             return WireError(504, "deadline_exceeded", text)
+        case OutOfMemory():
+            return WireError(503, "insufficient_memory", text, headers=retry_after(RETRY_SOON_S))
         case NumericalError():
             return WireError(500, "numerical_error", text)
     return None

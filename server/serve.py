@@ -24,6 +24,7 @@ from server.places import PlaceError, adapter_roots, open_state_dir, remote_sour
 if TYPE_CHECKING:
     from adapters.sources.remote import RemoteSources
     from base.model import BaseModel
+    from engine.memory import MemoryPlan
     from server.roots import RootsReport
     from server.settings import Settings
     from server.startpage import StartPage
@@ -137,6 +138,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     from adapters.sources.local import LocalSource
     from adapters.validation import Limits
     from engine.build import build_engine
+    from engine.exhaustion import is_out_of_memory
     from server.auth import Gate
     from server.media import MediaLoader
     from server.metrics import Metrics
@@ -168,6 +170,10 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         engine = build_engine(base, registry, config, metrics)
     except (ValueError, MemoryError) as error:
         raise StartError(str(error)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StartError("the device has no memory for the engine: lower kv_memory or num_slots") from error
     state = ServerState(
         settings=settings,
         registry=registry,
@@ -184,7 +190,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     )
     metrics.watch(config.num_slots, config.block_size, engine.status, lambda: not unready_reasons(state))
     try:
-        yield state, _page(state, base, report, None if does_last else state_dir)
+        yield state, _page(state, base, engine.memory, report, None if does_last else state_dir)
     finally:
         engine.close()
         uploads.close()
@@ -221,17 +227,13 @@ def _base_names(settings: Settings, served: str) -> tuple[str, ...]:
     return (served,) if is_folder or settings.base == served else (served, settings.base)
 
 
-def _page(state: ServerState, base: BaseModel, report: RootsReport, passing_dir: Path | None) -> StartPage:
+def _page(
+    state: ServerState, base: BaseModel, plan: MemoryPlan, report: RootsReport, passing_dir: Path | None
+) -> StartPage:
     from server.startpage import StartPage
     from server.version import VERSION
 
     settings = state.settings
-    status = state.engine.status()
-    memory = {
-        **base.memory_by_part,
-        "adapter slots": status.slot_bank_bytes,
-        "KV cache": int(settings.kv_memory),
-    }
     notes = []
     if passing_dir is not None:
         notes.append(
@@ -245,7 +247,8 @@ def _page(state: ServerState, base: BaseModel, report: RootsReport, passing_dir:
         device=str(base.device),
         adapters=[entry.ref.name for entry in state.registry.entries()],
         skipped=report.failures,
-        memory=memory,
+        memory=plan.parts,
+        budget_bytes=plan.budget_bytes,
         settings=settings.rows(),
         has_keys=settings.has_keys,
         picture=_picture(),

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PrivateAt
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from server.keys import hash_key
+from server.memory_text import parse_budget
 from server.prefixes import require_prefixes
 
 if TYPE_CHECKING:
@@ -34,10 +35,18 @@ def _hash(value: object) -> object:
     return hash_key(value) if isinstance(value, str) else value
 
 
+def _budget(value: object) -> object:
+    """Checked here, parsed where it is used."""
+    if isinstance(value, str):
+        parse_budget(value)
+    return value
+
+
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Prefixes = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(require_prefixes)]
+BudgetText = Annotated[str, BeforeValidator(_budget)]
 HashedKey = Annotated[str, BeforeValidator(_hash)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -97,7 +106,10 @@ class Settings(BaseSettings):
     fetch_timeout_s: Seconds = _set(300.0, "seconds", "A package that has not come by then is given up.")
 
     # ---- the engine's budgets
-    kv_memory: ByteSize = _set(256 * MIB, "bytes", "Keys and values of all sequences; it bounds how many run.")
+    device_memory: BudgetText = _set("auto", "bytes, share or auto", "Of all that is on the device: 70GiB or 0.9. auto "
+                                     "is 0.9 of a GPU where kv_memory is open, and no bound on a CPU.")
+    kv_memory: ByteSize | None = _set(None, "bytes", "Keys and values of all sequences; none is what device_memory "
+                                      "leaves, and 256 MiB without it.")
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
     max_model_len: Count | None = _set(None, "tokens", "Prompt plus output; none is what base and cache allow.")
     max_batch_tokens: Count = _set(512, "tokens", "Of one step: the longest a prefill may delay the next token.")
@@ -224,7 +236,8 @@ class Settings(BaseSettings):
         return EngineConfig(
             num_slots=self.num_slots,
             max_rank=self.max_rank,
-            kv_bytes=int(self.kv_memory),
+            device_memory=parse_budget(self.device_memory),
+            kv_bytes=None if self.kv_memory is None else int(self.kv_memory),
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             prefill_chunk=self.prefill_chunk,

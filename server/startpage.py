@@ -22,13 +22,15 @@ class StartPage:
     skipped: Mapping[str, str]
     """Packages that were refused: name to reason."""
     memory: Mapping[str, int]
-    """Bytes by part."""
+    """Bytes by part, at most."""
     settings: Sequence[tuple[str, str, str]]
     """(name, value, origin)."""
     has_keys: bool
     picture: Path | None
     version: str
     notes: Sequence[str] = ()
+    budget_bytes: int | None = None
+    """What the parts were fitted into; None where nothing bounds them."""
 
     def text(self) -> str:
         blocks = [
@@ -58,7 +60,8 @@ class StartPage:
             f"  {name:<16} {_size(count):>9}  {'█' * max(1, round(BAR * count / largest))}"
             for name, count in parts.items()
         ]
-        return [f"Memory, {_size(total)}", *lines] if lines else []
+        bound = "" if self.budget_bytes is None else f" of {_size(self.budget_bytes)}"
+        return [f"Memory, {_size(total)}{bound}, by part at most", *lines] if lines else []
 
     def _settings(self) -> list[str]:
         chosen = [

@@ -32,6 +32,7 @@ from engine.errors import (
     EngineError,
     GrammarError,
     NumericalError,
+    OutOfMemory,
     QueueFull,
     StepFailed,
 )
@@ -62,6 +63,7 @@ TABLE: list[tuple[Exception, int, str]] = [
     (QueueFull("x", 2.5), 429, "queue_full"),
     (Draining("x"), 503, "draining"),
     (EngineDown("x"), 503, "engine_restarting"),
+    (OutOfMemory("x"), 503, "insufficient_memory"),
     (InsufficientMemory("x"), 503, "insufficient_memory"),
     (DeadlineExceeded("x"), 504, "deadline_exceeded"),
     (InsufficientStorage("x"), 507, "insufficient_storage"),

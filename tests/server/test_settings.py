@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ByteSize
+from pydantic import ByteSize, ValidationError
 
+from engine.config import MemoryBudget
 from server.settings import Settings, is_loopback_host
 from server.sources import SettingsError, data_home, describe, resolve
 
@@ -135,6 +136,27 @@ def test_the_lower_configs_take_every_value() -> None:
         False,
     )
     assert engine.prefill_chunk == 32
+
+
+@pytest.mark.parametrize(
+    "text, budget",
+    [
+        ("auto", None),
+        ("0.9", MemoryBudget(share=0.9)),
+        ("90%", MemoryBudget(share=0.9)),
+        ("1", MemoryBudget(share=1.0)),
+        ("70GiB", MemoryBudget(num_bytes=70 << 30)),
+        ("2000000", MemoryBudget(num_bytes=2_000_000)),
+    ],
+)
+def test_a_memory_budget_is_bytes_or_a_share(text: str, budget: MemoryBudget | None) -> None:
+    assert Settings(device_memory=text).engine_config().device_memory == budget
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "120%", "much", "nan", "inf", "-5%", "0%"])
+def test_what_is_no_memory_budget_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match=r"auto, a share such as 0\.9"):
+        Settings(device_memory=text)
 
 
 def test_defaults_agree_with_the_lower_rooms() -> None:

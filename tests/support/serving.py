@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +20,7 @@ from base.config import BaseConfig
 from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
-from engine.config import EngineConfig
+from engine.config import DEFAULT_KV_BYTES, EngineConfig
 from engine.observer import Event
 from engine.reading import Stream
 from engine.request import GenerationRequest
@@ -68,7 +68,10 @@ class Rig:
         self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
         self.recorder = Recorder()
         self.compositions: dict[str, AdapterRef] = {}
-        self.engine = build_engine(self.base, self.registry, config or EngineConfig(), self.recorder)
+        chosen = config or EngineConfig()
+        if chosen.kv_bytes is None:
+            chosen = replace(chosen, kv_bytes=DEFAULT_KV_BYTES)  # several rigs share one GPU
+        self.engine = build_engine(self.base, self.registry, chosen, self.recorder)
 
     def register(self, packages: Mapping[str, Path]) -> None:
         for name, folder in packages.items():
