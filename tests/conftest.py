@@ -11,6 +11,11 @@ for _name in [name for name in os.environ if name.startswith("LORIKEET_")]:
     del os.environ[_name]
 
 import pytest  # noqa: E402 (after the environment is set)
+import torch  # noqa: E402
+
+# Before triton is imported, which settles it for the process: without a device its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # A shared machine is slow at times, which says nothing about the code; so no deadline for one example.
@@ -21,10 +26,6 @@ settings.load_profile("lorikeet")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if marked and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
