@@ -36,6 +36,10 @@ class Plan:
     rate: float | None = None
     slo: Slo = field(default_factory=Slo)
     has_warm_up: bool = True
+    warm_up_tokens: int | None = None
+    """Answers of the warm-up are cut to so many; None leaves them whole."""
+    pairs_per_repeat: int = 8
+    """Of the scenarios that ask twice."""
 
     def trace(self, workload: Workload, repeat: int) -> Trace:
         return make_trace(workload, self.size, num_calls=self.num_calls, rate=self.rate, seed=SEED + repeat)
@@ -44,8 +48,12 @@ class Plan:
         """Every adapter that the workload's first calls name, once each at least, without waiting for a clock."""
         trace = make_trace(workload, self.size, num_calls=self.num_calls, seed=WARM_UP_SEED)
         streams = workload.num_streams or 8
-        calls = trace.calls[: max(2 * streams, 8)]
-        return replace(trace, calls=calls, num_streams=streams)
+        most = self.warm_up_tokens or max(call.num_tokens for call in trace.calls)
+        calls = [
+            replace(call, num_tokens=min(call.num_tokens, most))
+            for call in trace.calls[: max(2 * streams, 8)]
+        ]
+        return replace(trace, calls=tuple(calls), num_streams=streams)
 
 
 class Target(Protocol):
@@ -93,6 +101,31 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstCalls:
+    """A target that is sent the first few calls of each trace.
+
+    For peers that take one call after another: how many wait does not change their tokens a second, only the time of
+    the bench.
+    """
+
+    target: Target
+    num: int
+
+    @property
+    def label(self) -> str:
+        return self.target.label
+
+    def about(self) -> dict[str, object]:
+        return self.target.about() | {"first_calls": self.num}
+
+    def send(self, trace: Trace) -> Run:
+        return self.target.send(trace.with_calls(trace.calls[: self.num]))
+
+    def counters(self) -> dict[str, float]:
+        return self.target.counters()
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A target's runs of one workload, and what it counted during them."""
 
@@ -101,6 +134,10 @@ class Measured:
     runs: tuple[Run, ...]
     figures: tuple[Mapping[str, float], ...]
     counted: Mapping[str, float]
+
+    def values(self, figure: str = THROUGHPUT) -> tuple[float, ...]:
+        """A figure, run by run."""
+        return tuple(figures[figure] for figures in self.figures)
 
     def cell(self, workload: Workload, plan: Plan) -> dict[str, object]:
         """What is kept of it."""
@@ -174,7 +211,7 @@ def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
 
 def ratio(ours: Measured, theirs: Measured, figure: str = THROUGHPUT) -> dict[str, float]:
     """Of ``figure``, run by run."""
-    return paired_ratio([f[figure] for f in ours.figures], [f[figure] for f in theirs.figures])
+    return paired_ratio(ours.values(figure), theirs.values(figure))
 
 
 def parity_of(ours: Measured, theirs: Measured) -> dict[str, object]:

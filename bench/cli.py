@@ -1,4 +1,4 @@
-"""The bench's commands: `lorikeet bench list | run | sweep | peers | kernels | shapes | adapters | report`.
+"""The bench's commands: `lorikeet bench list | run | sweep | peers | kernels | prove | shapes | adapters | report`.
 
 Owns names, options and what is printed: progress to stderr, a table, and one JSON line last. Every command imports what
 it needs when it runs.
@@ -40,12 +40,16 @@ from bench.options import (
     teller,
     told,
 )
+from bench.peering import peers
+from bench.proving import prove
 
 app = typer.Typer(
     help="Measure: workloads, peers, kernels; and report what was measured.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command("peers")(peers)
+app.command("prove")(prove)
 
 
 @app.command("list")
@@ -90,7 +94,7 @@ def run(
     plan = make_plan(size, repeats, calls, rate, slo_first_token_ms, slo_per_token_ms)
     tell = teller(as_json)
     with (
-        told(),
+        told() as watch,
         reach(Where(url, model, adapters, naming, label, api_key), Ours(base, adapter_root, serve), tell) as (
             endpoint,
             peak_bytes,
@@ -101,7 +105,7 @@ def run(
             add_efficiency(cells, Path(base), adapter_root, tell)
         for cell in cells:
             cell["server_peak_bytes"] = peak_bytes()
-    keep("run", cells, out, as_json)
+    keep("run", cells, watch, out, as_json)
 
 
 @app.command("sweep")
@@ -132,49 +136,9 @@ def sweep(
     plan = make_plan(size, 1, calls, rate, slo_first_token_ms, slo_per_token_ms)
     tell = teller(as_json)
     where = Where(url, model, adapters, naming, label, api_key)
-    with told(), reach(where, Ours(base, adapter_root, serve), tell) as (endpoint, _):
+    with told() as watch, reach(where, Ours(base, adapter_root, serve), tell) as (endpoint, _):
         cell = offer(endpoint, workload_named(chosen), plan, tell)
-    keep("sweep", [cell], out, as_json)
-
-
-@app.command("peers")
-def peers(
-    base: Annotated[Path, typer.Option(help="A checkpoint's folder, which we and all workers load.")],
-    adapter_root: Annotated[Path, typer.Option(help="A folder of adapters for it.")],
-    names: Names = None,
-    kinds: Annotated[
-        str, typer.Option(help="Workers: generate, set-adapter, adapter-names, merge; comma between.")
-    ] = "generate,set-adapter,adapter-names",
-    server: Annotated[
-        list[str] | None,
-        typer.Option(help="A server that is up, as label,url,model,naming; may be repeated."),
-    ] = None,
-    transformers_serve: Annotated[
-        bool, typer.Option("--transformers-serve", help="Start transformers' own server beside; base alone.")
-    ] = False,
-    size: Size = "small",
-    repeats: Repeats = 5,
-    calls: Calls = None,
-    slo_first_token_ms: SloFirst = 1000.0,
-    slo_per_token_ms: SloToken = 100.0,
-    serve: ServeFlags = None,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Ours and others in turns, on the same weights and calls: ratios of throughput, and whether answers are equal."""
-    from bench.peers import PeerKind
-    from bench.running import OurServer, other_server, our_server, peer_setups, run_peers
-
-    chosen = known(names or ["distinct-16"])
-    plan = make_plan(size, repeats, calls, None, slo_first_token_ms, slo_per_token_ms)
-    tell = teller(as_json)
-    with told(), our_server(OurServer(str(base), adapter_root, tuple(serve or ())), tell) as (ours, _):
-        wanted = [PeerKind(kind.strip()) for kind in kinds.split(",") if kind.strip()]
-        setups = peer_setups(wanted, base, adapter_root, ours.adapters, chosen)
-        others = [other_server(text, ours.adapters) for text in server or ()]
-        beside = base if transformers_serve else None
-        cells = run_peers(ours, others, setups, chosen, plan, tell, transformers_serve=beside)
-    keep("peers", cells, out, as_json)
+    keep("sweep", [cell], watch, out, as_json)
 
 
 @app.command("kernels")
@@ -193,10 +157,10 @@ def kernels(
     from bench.kernel_run import time_shape
 
     tell = teller(as_json)
-    with told():
+    with told() as watch:
         numbers = tuple(int(number) for number in rows.split(","))
         cell = time_shape(shape, numbers, rank=rank, num_adapters=num_adapters, budget_s=budget_s, tell=tell)
-    keep("kernels", [cell], out, as_json)
+    keep("kernels", [cell], watch, out, as_json)
 
 
 @app.command("shapes")

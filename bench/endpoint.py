@@ -45,7 +45,7 @@ class Endpoint:
         if self.naming is not Naming.NONE and num_adapters > len(self.adapters):
             raise ValueError(
                 f"the workload needs {num_adapters} adapters and {self.label} has {len(self.adapters)}: make more with "
-                "`lorikeet bench shapes adapters`, or name them with --adapters"
+                "`lorikeet bench adapters`, or name them with --adapters"
             )
 
     def name_of(self, adapter: int | None) -> str | None:

@@ -86,6 +86,12 @@ class Machine:
     """Of the base's matrix products."""
     lora_flops_per_s: float
     """Of the adapters' products: on a CPU they are in fp32."""
+    wide_flops_per_s: float | None = None
+    """Of the base's products in fp32, where the base may be computed so too: on a CPU. The floor is the faster way."""
+
+    @property
+    def most_flops_per_s(self) -> float:
+        return max(self.flops_per_s, self.wide_flops_per_s or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +110,20 @@ class Step:
 
 
 def base_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
-    """What the base alone takes at least: its weights, its head, the rows' keys and values."""
-    num_bytes = (
-        shape.num_linear_weights * step.base_weight_bytes
-        + shape.num_head_weights * BF16_BYTES
-        + step.rows * step.context * shape.kv_bytes_per_token
-    )
+    """What the base alone takes at least: its weights, its head, the rows' keys and values; the faster way of both."""
+    ways = [(step.base_weight_bytes, BF16_BYTES, machine.flops_per_s)]
+    if machine.wide_flops_per_s is not None:
+        ways.append((FP32_BYTES, FP32_BYTES, machine.wide_flops_per_s))
+    kv_bytes = step.rows * step.context * shape.kv_bytes_per_token
     flops = 2.0 * step.rows * (shape.num_linear_weights + shape.num_head_weights)
-    return max(num_bytes / machine.bytes_per_s, flops / machine.flops_per_s)
+    return min(
+        max(
+            (shape.num_linear_weights * weight + shape.num_head_weights * head + kv_bytes)
+            / machine.bytes_per_s,
+            flops / rate,
+        )
+        for weight, head, rate in ways
+    )
 
 
 def lora_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
@@ -134,7 +146,7 @@ class Work:
 
 def base_run_seconds(shape: LanguageShape, work: Work, machine: Machine) -> float:
     """The floor of a run on the base alone: prompts by operations, answers step by step."""
-    prompts = 2.0 * work.prompt_tokens * shape.num_linear_weights / machine.flops_per_s
+    prompts = 2.0 * work.prompt_tokens * shape.num_linear_weights / machine.most_flops_per_s
     return prompts + work.output_tokens / work.step.rows * base_seconds(shape, work.step, machine)
 
 
@@ -151,6 +163,11 @@ def possible_ratio(shape: LanguageShape, work: Work, machine: Machine) -> float:
     """Of throughput with adapters to the base's: 1 is free."""
     base = base_run_seconds(shape, work, machine)
     return base / (base + lora_run_seconds(shape, work, machine))
+
+
+def run_seconds(shape: LanguageShape, work: Work, machine: Machine) -> float:
+    """The floor of a run with its adapters."""
+    return base_run_seconds(shape, work, machine) + lora_run_seconds(shape, work, machine)
 
 
 def lora_efficiency(measured_ratio: float, shape: LanguageShape, work: Work, machine: Machine) -> float:

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.layer import attach
+from adapters.ops.entries import DeviceTable
+from adapters.ops.tiles import TileTable
+from adapters.ops.torch_ops import Rounding
+from adapters.ops.triton_ops import TritonLinear, add_lora, has_triton
 from adapters.routing import RoutingSet
 from adapters.sites import Site
-from adapters.slots import SlotBank
+from adapters.slots import SlotBank, page_rank
 from adapters.weights import AdapterWeights, SiteWeights
-from bench.floors import BF16_BYTES, NF4_BYTES, LanguageShape, Machine
-from bench.machine import best_seconds
+from bench.floors import BF16_BYTES, FP32_BYTES, NF4_BYTES, LanguageShape, Machine
+from bench.machine import best_seconds, blocked_product, has_blocked_product
 
 ROWS = (1, 4, 8, 16, 32, 64)
 
@@ -59,7 +63,7 @@ class Stand:
     budget_s: float = 0.2
 
     def floor_us(self, num_bytes: float, flops: float, *, is_lora: bool = False) -> float:
-        rate = self.machine.lora_flops_per_s if is_lora else self.machine.flops_per_s
+        rate = self.machine.lora_flops_per_s if is_lora else self.machine.most_flops_per_s
         return 1e6 * max(num_bytes / self.machine.bytes_per_s, flops / rate)
 
     def time_us(self, run: Callable[[], object]) -> float:
@@ -97,6 +101,20 @@ def _matmuls(stand: Stand, site: str) -> Iterator[Timing]:
         )
         for variant, run, least in variants:
             yield Timing("matmul", variant, site, rows, stand.time_us(run), least)
+    if stand.device.type == "cpu" and has_blocked_product():
+        yield from _blocked_matmuls(stand, site, weight)
+
+
+def _blocked_matmuls(stand: Stand, site: str, weight: Tensor) -> Iterator[Timing]:
+    """The product over an fp32 copy in oneDNN's order, activations widened and the result rounded."""
+    num_out, num_in = weight.shape
+    multiply = blocked_product(weight, max(stand.rows))
+    for rows in stand.rows:
+        x = torch.randn(rows, num_in, dtype=torch.bfloat16)
+        moved = FP32_BYTES * num_in * num_out + BF16_BYTES * rows * (num_in + num_out)
+        floor = stand.floor_us(moved, 2.0 * rows * num_in * num_out)
+        took = stand.time_us(lambda x=x: multiply(x.float()).to(torch.bfloat16))  # type: ignore[misc]
+        yield Timing("matmul", "fp32 copy in blocks", site, rows, took, floor)
 
 
 def _linear4bit(weight: Tensor, device: torch.device) -> nn.Module:
@@ -127,6 +145,9 @@ def _loras(stand: Stand, site: str) -> Iterator[Timing]:
         bed.route([(rows, -1)])
         bare = stand.time_us(lambda x=x: bed.linear(x))  # type: ignore[misc]
         yield Timing("lora", f"ours over {used} adapters", site, rows, max(whole - bare, 1e-3), floor)
+        if stand.device.type == "cuda" and has_triton():
+            took = stand.time_us(bed.triton(x, used))
+            yield Timing("lora", f"Triton over {used} adapters", site, rows, took, floor)
         loop = stand.time_us(lambda x=x, used=used: bed.loop(x, used))  # type: ignore[misc]
         yield Timing("lora", f"a loop over {used} adapters", site, rows, loop, floor)
 
@@ -136,6 +157,7 @@ class _Bed:
 
     def __init__(self, stand: Stand, site: str) -> None:
         self.num_in, self.num_out = stand.shape.linears[site]
+        self._site, self._rank = site, stand.rank
         dtype = torch.float32 if stand.device.type == "cpu" else torch.bfloat16
         sites = {site: Site(site, self.num_in, self.num_out, "language")}
         self.bank = SlotBank(sites, stand.num_adapters, stand.rank, dtype, stand.device)
@@ -154,6 +176,20 @@ class _Bed:
 
     def route(self, segments: Sequence[tuple[int, int]]) -> None:
         self._routing.language.fill(segments)
+
+    def triton(self, x: Tensor, used: int) -> Callable[[], Tensor]:
+        """Shrink and expand alone, added to the same y again and again; rows as evenly over adapters as they go."""
+        table = DeviceTable([self.bank.shelf(self._site)], x.device)
+        table.refresh()
+        rank = page_rank(self._rank)
+        widths = (self.num_out,)
+        linear = TritonLinear(
+            table.entries([self._site]), self.num_in, widths, self._dtype, rank, Rounding.DELTA
+        )
+        tiles = TileTable(x.shape[0], self.bank.num_slots, x.device)
+        tiles.fill([slot for slot, rows in enumerate(x.tensor_split(used)) for _ in rows])
+        y = torch.zeros(x.shape[0], self.num_out, dtype=x.dtype, device=x.device)
+        return lambda: add_lora(y, x, linear, tiles)
 
     def loop(self, x: Tensor, used: int) -> list[Tensor]:
         """What one would write first: each adapter's rows by themselves."""

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from bench.cells import Plan
     from bench.endpoint import Endpoint
-    from bench.results import Result
+    from bench.provenance import Watch
 
 Names = Annotated[
     list[str] | None, typer.Argument(help="Workloads or scenarios; `lorikeet bench list` has them.")
@@ -122,14 +122,15 @@ def teller(as_json: bool) -> Callable[[str], None]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What can go wrong in a run, as one line and status 2."""
+def told() -> Iterator[Watch]:
+    """What can go wrong in a run, as one line and status 2; with a watch on who else was at work."""
     from bench.cells import NothingMeasured
     from bench.peers import PeerFailed
+    from bench.provenance import Watch
     from bench.serving import ServerDied
 
     try:
-        yield
+        yield Watch()
     except (NothingMeasured, PeerFailed, ServerDied, ValueError, KeyError, OSError) as error:
         refuse(str(error.args[0]) if isinstance(error, KeyError) else str(error))
 
@@ -139,14 +140,20 @@ def refuse(why: str) -> None:
     raise typer.Exit(2)
 
 
-def keep(kind: str, cells: Sequence[Mapping[str, object]], out: Path | None, as_json: bool) -> None:
-    """Write the file; print the table, and last the JSON line."""
+def keep(
+    kind: str,
+    cells: Sequence[Mapping[str, object]],
+    watch: Watch,
+    out: Path | None,
+    as_json: bool,
+    path: Path | None = None,
+) -> None:
+    """Write the file, over ``path`` if there is one; print the table, and last the JSON line."""
     from bench.report import render
-    from bench.results import RESULTS, last_line, save
-    from bench.running import result_of
+    from bench.results import RESULTS, last_line, make_result, save
 
-    result: Result = result_of(kind, cells)
-    path = save(result, out or RESULTS)
+    result = make_result(kind, watch.end(), cells)
+    path = save(result, out or RESULTS, path)
     if not as_json:
         typer.echo(render([result], is_markdown=False))
         typer.echo(f"kept in {path}", err=True)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, Qwen2_5
 from transformers.generation.streamers import BaseStreamer
 
 from bench.load import Run
-from bench.peers import PeerKind, trace_from_json
+from bench.peers import PeerKind, PeerWeights, trace_from_json
 from bench.provenance import versions
 from bench.streamed import Streamed
 from bench.trace import Call, Trace
@@ -48,12 +48,20 @@ class Worker:
     """A model, loaded, and the four ways to run calls on it."""
 
     def __init__(
-        self, kind: PeerKind, checkpoint: Path, root: Path, device: str, names: Sequence[str]
+        self,
+        kind: PeerKind,
+        checkpoint: Path,
+        root: Path,
+        device: str,
+        names: Sequence[str],
+        weights: PeerWeights = PeerWeights.SHIPPED,
     ) -> None:
         where = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.bfloat16, device_map=where
         )
+        if weights is not PeerWeights.SHIPPED:
+            base = _dequantised(base, weights)
         base.train(False)
         base.generation_config.eos_token_id = None  # lengths are exact, as everywhere in the bench
         self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
@@ -169,6 +177,15 @@ class Worker:
         )
 
 
+def _dequantised(
+    base: Qwen2_5_VLForConditionalGeneration, weights: PeerWeights
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The same values, as transformers itself unpacks them."""
+    plain: Qwen2_5_VLForConditionalGeneration = base.dequantize()  # type: ignore[no-untyped-call]
+    plain.to(torch.float32 if weights is PeerWeights.FP32 else torch.bfloat16)  # type: ignore[arg-type]
+    return plain
+
+
 def _with_adapters(base: Qwen2_5_VLForConditionalGeneration, root: Path, names: Sequence[str]) -> PeftModel:
     model = PeftModel.from_pretrained(base, root / names[0], adapter_name=names[0])
     for name in names[1:]:
@@ -205,8 +222,8 @@ def _sent_s(trace: Trace, place: int, begin_s: float, ended: Sequence[Streamed])
 
 def main(arguments: Sequence[str], lines: TextIO, replies: TextIO) -> None:
     """Serve traces until the input ends."""
-    kind, checkpoint, root, device, *names = arguments
-    worker = Worker(PeerKind(kind), Path(checkpoint), Path(root), device, names)
+    kind, checkpoint, root, device, weights, *names = arguments
+    worker = Worker(PeerKind(kind), Path(checkpoint), Path(root), device, names, PeerWeights(weights))
     _say(replies, worker.facts())
     for line in lines:
         try:

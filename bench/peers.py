@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from bench.load import Run
+from bench.serving import peak_bytes
 from bench.streamed import Streamed
 from bench.trace import Call, Picture, Trace
 
@@ -32,6 +33,14 @@ class PeerKind(StrEnum):
     MERGE = "merge"  # PEFT: each call's adapter merged into the weights, and taken out again
 
 
+class PeerWeights(StrEnum):
+    """What a worker computes with."""
+
+    SHIPPED = "nf4"  # as the checkpoint has them, as people load it
+    BF16 = "bf16"  # dequantised once by transformers, in 16 bits: fewest bytes for one row
+    FP32 = "fp32"  # the same widened: fastest in batches on a CPU that only imitates bf16 products
+
+
 class PeerFailed(RuntimeError):
     """A worker ended or could not run a trace; the message has its last words."""
 
@@ -45,6 +54,7 @@ class PeerSetup:
     adapter_root: Path | None = None
     adapters: tuple[str, ...] = ()
     device: str = "auto"
+    weights: PeerWeights = PeerWeights.SHIPPED
 
 
 class Peer:
@@ -58,18 +68,16 @@ class Peer:
 
     @property
     def label(self) -> str:
-        return (
-            f"peft {self.setup.kind}" if self.setup.kind is not PeerKind.GENERATE else "transformers generate"
-        )
-
-    @property
-    def url(self) -> None:
-        """It has none."""
+        is_plain = self.setup.kind is PeerKind.GENERATE
+        way = "transformers generate" if is_plain else f"peft {self.setup.kind}"
+        return way if self.setup.weights is PeerWeights.SHIPPED else f"{way}, {self.setup.weights}"
 
     def about(self) -> dict[str, object]:
         return {
             "label": self.label,
             "kind": str(self.setup.kind),
+            "weights": str(self.setup.weights),
+            "peak_bytes": peak_bytes(self._process.pid),
             "num_adapters": len(self.setup.adapters),
         } | dict(self.facts)
 
@@ -105,9 +113,7 @@ class Peer:
 def peer(setup: PeerSetup, log: Path) -> Iterator[Peer]:
     """A worker until the block ends. Raises PeerFailed if it cannot load."""
     if not (setup.checkpoint / "config.json").is_file():
-        raise PeerFailed(
-            f"{setup.checkpoint} holds no checkpoint: make one with `lorikeet bench shapes make`"
-        )
+        raise PeerFailed(f"{setup.checkpoint} holds no checkpoint: make one with `lorikeet bench shapes`")
     command = [
         sys.executable,
         "-m",
@@ -116,6 +122,7 @@ def peer(setup: PeerSetup, log: Path) -> Iterator[Peer]:
         str(setup.checkpoint),
         str(setup.adapter_root or ""),
         setup.device,
+        str(setup.weights),
         *setup.adapters,
     ]
     root = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench.results import Cell
+from bench.results import Cell, label_of
 
 COLOURS = ("#2b7a78", "#e07a5f", "#3d5a80", "#f2cc8f", "#81b29a", "#9b5de5")
 mpl.rcParams["svg.hashsalt"] = "lorikeet"  # the same figures give the same file
@@ -29,12 +29,12 @@ def _bars(cells: Sequence[Cell], figure: str, title: str, device: str, paths: Se
     if not found:
         return False
     workloads = list(dict.fromkeys(str(cell["workload"]) for cell in found))
-    labels = list(dict.fromkeys(_label(cell) for cell in found))
+    labels = list(dict.fromkeys(label_of(cell) for cell in found))
     sheet = Figure(figsize=(max(6.0, 0.5 * len(workloads) * len(labels) + 3), 4.2), layout="constrained")
     axes = sheet.add_subplot()
     width = 0.8 / len(labels)
     for place, label in enumerate(labels):
-        own = {str(cell["workload"]): cell for cell in found if _label(cell) == label}
+        own = {str(cell["workload"]): cell for cell in found if label_of(cell) == label}
         spots = [spot for spot, workload in enumerate(workloads) if workload in own]
         chosen = [own[workloads[spot]] for spot in spots]
         middle = [_mapping(cell, "median")[figure] for cell in chosen]
@@ -68,7 +68,7 @@ def sweep_plot(cells: Sequence[Cell], device: str, paths: Sequence[Path]) -> boo
         rates = [step["rate"] for step in steps] if isinstance(steps, list) else []
         shares = [step["figures"]["goodput_share"] for step in steps] if isinstance(steps, list) else []
         colour = COLOURS[place % len(COLOURS)]
-        axes.plot(rates, shares, marker="o", color=colour, label=f"{_label(cell)} {cell['workload']}")
+        axes.plot(rates, shares, marker="o", color=colour, label=f"{label_of(cell)} {cell['workload']}")
         if isinstance(knee := cell.get("knee"), float):
             axes.axvline(knee, color=colour, linestyle=":")
     axes.set_xlabel("calls/s offered")
@@ -79,10 +79,15 @@ def sweep_plot(cells: Sequence[Cell], device: str, paths: Sequence[Path]) -> boo
 
 
 def _finish(sheet: Figure, *, axes_title: str, paths: Sequence[Path]) -> None:
+    sheet.axes[0].legend(frameon=False, fontsize=8)
+    save_sheet(sheet, axes_title=axes_title, paths=paths)
+
+
+def save_sheet(sheet: Figure, *, axes_title: str, paths: Sequence[Path]) -> None:
+    """The house's look, and every file; the same figures give the same SVG."""
     axes = sheet.axes[0]
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(axes_title, fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8)
     for path in paths:
         sheet.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -98,8 +103,3 @@ def _ends(cell: Cell, figure: str) -> tuple[float, float]:
 def _mapping(cell: Cell, key: str) -> dict[str, float]:
     found = cell.get(key)
     return found if isinstance(found, dict) else {}
-
-
-def _label(cell: Cell) -> str:
-    endpoint = cell.get("endpoint")
-    return str(endpoint.get("label")) if isinstance(endpoint, dict) else ""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "fastapi", "uvicorn", "httpx2")
 BUSY_LOAD_PER_CPU = 0.5
-"""Runnable processes a core before a run, over which others are at work and figures are no claims."""
+"""Runnable processes a core before a run, over which others are at work and figures are no claims; used where the
+system does not tell what they took during it."""
+BUSY_OTHERS_SHARE = 0.05
+"""Of the processors' time during a run, taken by others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,13 @@ class Provenance:
     versions: dict[str, str]
     load_average: float
     """Of the last minute, before the run."""
+    others_share: float | None = None
+    """Of the processors' time during the run: what processes other than the bench and what it started took."""
 
     @property
     def is_contended(self) -> bool:
+        if self.others_share is not None:
+            return self.others_share > BUSY_OTHERS_SHARE
         return self.load_average > BUSY_LOAD_PER_CPU * self.device.num_cpus
 
     def as_json(self) -> dict[str, object]:
@@ -57,6 +65,50 @@ def provenance(root: Path | None = None) -> Provenance:
         device=device(),
         versions=versions(),
         load_average=os.getloadavg()[0],
+    )
+
+
+class Watch:
+    """Where a run's figures come from, begun before it; ``end`` adds what others took of the processors meanwhile.
+
+    Servers and workers must have ended by then: the system counts a child's time when it is gone.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._origin = provenance(root)
+        self._begin = _times()
+
+    def end(self) -> Provenance:
+        begin, now = self._begin, _times()
+        if begin is None or now is None or now.all_s <= begin.all_s:
+            return self._origin
+        busy_s, own_s = now.busy_s - begin.busy_s, now.own_s - begin.own_s
+        share = max(0.0, busy_s - own_s) / (now.all_s - begin.all_s)
+        return replace(self._origin, others_share=round(share, 4))
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Processor seconds of all cores since the system began: all, those not idle, those of this process's family."""
+
+    all_s: float
+    busy_s: float
+    own_s: float
+
+
+def _times() -> _Times | None:
+    """None where the system has no /proc/stat."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    ticks = [int(word) for word in path.read_text("ascii").splitlines()[0].split()[1:9]]
+    per_s = os.sysconf("SC_CLK_TCK")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    idle = ticks[3] + ticks[4]  # and waiting for a disk
+    return _Times(
+        sum(ticks) / per_s,
+        (sum(ticks) - idle) / per_s,
+        sum(each.ru_utime + each.ru_stime for each in used),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench.results import Cell, Result
+from bench.claim_tables import claims_table, floors_table
+from bench.results import Cell, Result, label_of
+from bench.table import Table
 
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "output_tokens_per_s": ("tokens/s", ".1f"),
@@ -16,39 +17,13 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "between_tokens_ms_p99": ("p99", ".1f"),
     "total_ms_p50": ("end to end p50 ms", ".0f"),
     "worst_stall_ms": ("worst stall ms", ".0f"),
+    "rare_first_token_ms_p99": ("rare adapters' first token p99 ms", ".0f"),
     "goodput_share": ("goodput", ".0%"),
 }
 
 
 class UnlikeDevices(ValueError):
     """Results of different machines: a table of both would compare the machines."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of text under a title."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        lines = ["| " + " | ".join(row) + " |" for row in (self.head, ("---",) * len(self.head), *self.rows)]
-        return "\n".join([f"### {self.title}", "", *lines])
-
-    def text(self) -> str:
-        """Columns side by side, numbers to the right."""
-        widths = [max(len(row[place]) for row in (self.head, *self.rows)) for place in range(len(self.head))]
-        lines = [_line(row, widths) for row in (self.head, *self.rows)]
-        return "\n".join([self.title, *(line.rstrip() for line in lines)])
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(_pad(*each, place) for place, each in enumerate(zip(row, widths, strict=True)))
-
-
-def _pad(cell: str, width: int, place: int) -> str:
-    return cell.ljust(width) if place < 2 else cell.rjust(width)
 
 
 def require_one_device(results: Sequence[Result]) -> str:
@@ -68,8 +43,10 @@ def tables(results: Sequence[Result]) -> tuple[Table, ...]:
     require_one_device(results)
     cells = [cell for result in results for cell in result.cells]
     makers: tuple[Callable[[Sequence[Cell]], Table | None], ...] = (
+        claims_table,
         _throughput,
         _ratios,
+        floors_table,
         _scenarios,
         _sweeps,
         _kernels,
@@ -123,9 +100,24 @@ def _throughput(cells: Sequence[Cell]) -> Table | None:
         )
         failed = f"{median.get('num_failed', 0):g}"
         half = f"±{spread.get('output_tokens_per_s', 0) / 2:.0%}"
-        rows.append((label_of(cell), str(cell["workload"]), *figures, half, failed))
-    head = ("server", "workload", *(title for title, _ in COLUMNS.values()), "spread", "failed")
+        rows.append((label_of(cell), str(cell["workload"]), *figures, _memory(cell), half, failed))
+    titles = (title for title, _ in COLUMNS.values())
+    head = ("server", "workload", *titles, "peak GiB", "spread", "failed")
     return Table("Medians over the repeats", head, tuple(rows)) if rows else None
+
+
+def _memory(cell: Cell) -> str:
+    """Of the server, or of a peer's worker; empty where nobody knows."""
+    endpoint = cell.get("endpoint")
+    kept = endpoint.get("peak_bytes") if isinstance(endpoint, dict) else None
+    num_bytes = cell.get("server_peak_bytes") or kept
+    return f"{num_bytes / 2**30:.2f}" if isinstance(num_bytes, int) else ""
+
+
+def _equal_texts(cell: Cell, other: str) -> str:
+    found = cell.get("parity")
+    each = found.get(other) if isinstance(found, dict) else None
+    return f"{each['num_equal']} of {each['num_compared']}" if isinstance(each, dict) else ""
 
 
 def _ratios(cells: Sequence[Cell]) -> Table | None:
@@ -147,9 +139,19 @@ def _ratios(cells: Sequence[Cell]) -> Table | None:
                     pairs,
                     possible,
                     shown,
+                    _equal_texts(cell, other),
                 )
             )
-    head = ("throughput of", "workload", "ratio", "from", "pairs", "possible", "LoRA efficiency")
+    head = (
+        "throughput of",
+        "workload",
+        "ratio",
+        "from",
+        "pairs",
+        "possible",
+        "LoRA efficiency",
+        "equal texts",
+    )
     return Table("Ratios, pair by pair", head, tuple(rows)) if rows else None
 
 
@@ -191,11 +193,6 @@ def _kernels(cells: Sequence[Cell]) -> Table | None:
     return Table("Kernels", head, tuple(rows)) if rows else None
 
 
-def label_of(cell: Cell) -> str:
-    endpoint = cell.get("endpoint")
-    return str(endpoint.get("label")) if isinstance(endpoint, dict) else ""
-
-
 def _numbers(cell: Cell, key: str) -> Mapping[str, float]:
     found = cell.get(key)
     return found if isinstance(found, dict) else {}
@@ -206,17 +203,21 @@ def _numbers(cell: Cell, key: str) -> Mapping[str, float]:
 
 def plot(results: Sequence[Result], folder: Path, stem: str = "bench") -> tuple[Path, ...]:
     """Write PNG and SVG of every plot that the results have figures for. Raises UnlikeDevices."""
+    from bench.claim_plots import claims_plot, floors_plot
     from bench.plots import latency_plot, sweep_plot, throughput_plot
 
     device = require_one_device(results)
     cells = [cell for result in results for cell in result.cells]
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
-    for name, draw in (("throughput", throughput_plot), ("latency", latency_plot), ("sweep", sweep_plot)):
+    plots = {
+        "throughput": throughput_plot,
+        "latency": latency_plot,
+        "sweep": sweep_plot,
+        "claims": claims_plot,
+        "floors": floors_plot,
+    }
+    for name, draw in plots.items():
         paths = [folder / f"{stem}-{name}.{kind}" for kind in ("png", "svg")]
-        made += paths if draw(_plotted(cells), device, paths) else []
+        made += paths if draw(cells, device, paths) else []
     return tuple(made)
-
-
-def _plotted(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    return tuple(cell for cell in cells if _numbers(cell, "median") or cell.get("sweep"))

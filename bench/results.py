@@ -49,12 +49,12 @@ def make_result(kind: str, origin: Provenance, cells: Sequence[Cell]) -> Result:
     return Result(kind, origin.as_json(), cells)
 
 
-def save(result: Result, folder: Path = RESULTS) -> Path:
-    """Write a result under a name of its own: kind, time, commit."""
+def save(result: Result, folder: Path = RESULTS, path: Path | None = None) -> Path:
+    """Write a result under a name of its own (kind, time, commit), or again where it was."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     commit = str(result.provenance.get("commit", ""))[:8] or "nowhere"
-    path = folder / f"{result.kind}-{stamp}-{commit}.json"
+    path = path or folder / f"{result.kind}-{stamp}-{commit}.json"
     path.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -68,6 +68,21 @@ def load(path: Path) -> Result:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no result of this bench (format {FORMAT})")
     return Result(content["kind"], content["provenance"], content["cells"], path)
+
+
+def label_of(cell: Cell) -> str:
+    """What was measured: the server's or peer's name; empty if it has none."""
+    endpoint = cell.get("endpoint")
+    return str(endpoint.get("label")) if isinstance(endpoint, dict) else ""
+
+
+def claims_of(cells: Sequence[Cell]) -> list[Mapping[str, object]]:
+    """Every claim of a run of proofs, in order."""
+    found: list[Mapping[str, object]] = []
+    for cell in cells:
+        claims = cell.get("claims")
+        found += claims if isinstance(claims, list) else []
+    return found
 
 
 def last_line(result: Result) -> str:

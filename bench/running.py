@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,7 @@ import httpx2
 
 from bench.cells import Measured, Plan, Server, Target, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint, Naming
-from bench.peers import PeerKind, PeerSetup, peer, serve_command
-from bench.provenance import provenance
-from bench.results import Result, make_result
+from bench.peers import PeerKind, PeerSetup, PeerWeights, peer, serve_command
 from bench.scenarios import SCENARIOS, run_scenario
 from bench.serving import free_port, lorikeet_command, serve
 from bench.workloads import CATALOGUE, Workload, workload_named
@@ -124,7 +122,7 @@ def run_peers(
             targets.append(stack.enter_context(_transformers_server(transformers_serve, folder, tell)))
         for setup in setups:
             tell(f"loading {setup.kind}")
-            targets.append(stack.enter_context(peer(setup, folder / f"{setup.kind}.log")))
+            targets.append(stack.enter_context(peer(setup, folder / f"{setup.kind}-{setup.weights}.log")))
         cells: list[dict[str, object]] = []
         for name in names:
             workload = workload_named(name)
@@ -144,14 +142,24 @@ def _transformers_server(checkpoint: Path, folder: Path, tell: Tell) -> Iterator
 
 def peer_setups(
     kinds: Sequence[PeerKind],
+    weights: Sequence[str],
     checkpoint: Path,
     root: Path,
     adapters: tuple[str, ...],
     workloads: Sequence[str],
 ) -> tuple[PeerSetup, ...]:
-    """A worker for each kind, with as many adapters as the workloads ask for."""
+    """A worker for each kind, with as many adapters as the workloads ask for.
+
+    ``weights`` is one for all, or one for each. Raises ValueError for another number, or a word that is none.
+    """
     most = max(workload_named(name).num_adapters for name in workloads)
-    return tuple(PeerSetup(kind, checkpoint, root, adapters[:most]) for kind in kinds)
+    each = [PeerWeights(word.strip()) for word in weights] * (len(kinds) if len(weights) == 1 else 1)
+    if len(each) != len(kinds):
+        raise ValueError(f"weights for {len(each)} workers, and there are {len(kinds)}")
+    return tuple(
+        PeerSetup(kind, checkpoint, root, adapters[:most], weights=how)
+        for kind, how in zip(kinds, each, strict=True)
+    )
 
 
 def other_server(text: str, adapters: tuple[str, ...]) -> Endpoint:
@@ -165,7 +173,3 @@ def other_server(text: str, adapters: tuple[str, ...]) -> Endpoint:
     label, url, model, naming = parts
     is_plain = naming in (Naming.NONE, Naming.LLAMA)
     return Endpoint(url.rstrip("/"), model, Naming(naming), adapters, is_plain=is_plain, label=label)
-
-
-def result_of(kind: str, cells: Sequence[Mapping[str, object]], origin_commit: Path | None = None) -> Result:
-    return make_result(kind, provenance(origin_commit), cells)

@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bench.cells import NothingMeasured, Plan, Tell
+from bench.asking import a_call, require_whole, run_whole
+from bench.cells import Plan, Tell
 from bench.endpoint import Endpoint
 from bench.load import Load, Run
-from bench.measure import failures, measure, percentile
+from bench.measure import measure
+from bench.pairs import NUM_SWAPPED, ask_pairs, pair_calls
 from bench.scrape import between, scrape
 from bench.sizes import SIZES, Size
 from bench.trace import Call, Picture, Trace
 from bench.words import prose
 from bench.workloads import SEED
 
-NUM_PAIRS = 8
 NUM_HOSTS = 8
 
 
@@ -41,8 +42,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         Scenario("storm", "32 calls, each to an adapter not yet loaded, beside 8 decoding streams", 40),
         Scenario("flood", "32 streams on one adapter beside one stream on another", 2),
         Scenario("prefix", "a second question behind the same long system prompt", 1),
-        Scenario("picture", "a second question on the same picture, through another adapter", 2),
-        Scenario("swap", "a call to an adapter that has left the device, and again", 40),
+        Scenario("picture", "a second question on the same picture", 1),
+        Scenario("picture-apart", "a second question on the same picture, through another adapter", 2),
+        Scenario("swap", "a call to an adapter that has left the device, and again", NUM_SWAPPED),
+        Scenario("cold-swap", "a call to an adapter that is on disk alone, and again", 8),
         Scenario("fan-out", "one call answered by 8 adapters, against 8 calls", 8),
     )
 }
@@ -57,11 +60,15 @@ def run_scenario(endpoint: Endpoint, scenario: Scenario, plan: Plan, tell: Tell)
     for repeat in range(plan.num_repeats):
         rng = random.Random(f"{SEED + repeat}/{scenario.name}/{plan.size}")
         if scenario.name in ("long-prompt", "storm", "flood"):
-            figures = _beside(endpoint, *_hosts_and_guests(scenario.name, size, rng), plan)
+            hosts, guests = _hosts_and_guests(scenario.name, size, rng)
+            figures = _beside(
+                endpoint, hosts, guests, plan, is_warm=repeat > 0 and scenario.name == "long-prompt"
+            )
         elif scenario.name == "fan-out":
             figures = _fan_out(endpoint, size, rng)
         else:
-            figures = _pairs(endpoint, _pair_calls(scenario.name, size, rng))
+            calls = pair_calls(scenario.name, size, plan.pairs_per_repeat, rng)
+            figures = ask_pairs(endpoint, calls, scenario.name)
         runs.append(figures)
         tell(f"{endpoint.label} {scenario.name} {repeat + 1}/{plan.num_repeats}: {_brief(figures)}")
     names = [name for name in runs[0] if all(name in run for run in runs)]
@@ -88,29 +95,35 @@ def _hosts_and_guests(name: str, size: Size, rng: random.Random) -> tuple[Trace,
     """The streams that are watched, and those that come upon them."""
     tokens = size.output.high
     if name == "flood":
-        hosts = [_call(index, size, rng, adapter=1) for index in range(NUM_HOSTS)]
-        guests = [_call(index, size, rng, adapter=0) for index in range(96)]
+        hosts = [a_call(index, size, rng, adapter=1) for index in range(NUM_HOSTS)]
+        guests = [a_call(index, size, rng, adapter=0) for index in range(96)]
         return Trace("quiet", "", tuple(hosts), 1), Trace("flood", "", tuple(guests), 32)
     hosts = [
-        replace(_call(index, size, rng, adapter=index), num_tokens=4 * tokens) for index in range(NUM_HOSTS)
+        replace(a_call(index, size, rng, adapter=index), num_tokens=4 * tokens) for index in range(NUM_HOSTS)
     ]
     if name == "long-prompt":
         guests = [
-            replace(_call(0, size, rng, adapter=0), prompt=prose(size.num_long_words, rng), num_tokens=4)
+            replace(a_call(0, size, rng, adapter=0), prompt=prose(size.num_long_words, rng), num_tokens=4)
         ]
         return Trace("decoding", "", tuple(hosts), NUM_HOSTS), Trace("guest", "", tuple(guests), 1)
     guests = [
-        replace(_call(index, size, rng, adapter=NUM_HOSTS + index), num_tokens=4) for index in range(32)
+        replace(a_call(index, size, rng, adapter=NUM_HOSTS + index), num_tokens=4) for index in range(32)
     ]
     return Trace("decoding", "", tuple(hosts), NUM_HOSTS), Trace("storm", "", tuple(guests), 4)
 
 
-def _beside(endpoint: Endpoint, hosts: Trace, guests: Trace, plan: Plan) -> dict[str, float]:
-    """The hosts alone, and then with guests that come when all hosts decode."""
-    _run(endpoint, hosts)  # adapters are loaded, caches as they will be
-    quiet = _run(endpoint, hosts)
+def _beside(
+    endpoint: Endpoint, hosts: Trace, guests: Trace, plan: Plan, *, is_warm: bool
+) -> dict[str, float]:
+    """The hosts alone, and then with guests that come when all hosts decode.
+
+    ``is_warm``: the hosts' adapters are loaded, and only gaps will be looked at, which cached prompts do not change.
+    """
+    if not is_warm:
+        run_whole(endpoint, hosts)
+    quiet = run_whole(endpoint, hosts)
     loud, _ = asyncio.run(_together(endpoint, hosts, guests, _begun_s(quiet, hosts)))
-    _require(loud, endpoint)
+    require_whole(loud, endpoint)
     calm, busy = measure(quiet, plan.slo), measure(loud, plan.slo)
     figures = {
         "quiet_between_tokens_ms_p99": calm["between_tokens_ms_p99"],
@@ -138,56 +151,6 @@ def _begun_s(quiet: Run, hosts: Trace) -> float:
     return max(streamed.token_times[0] for streamed in quiet.streams[: hosts.num_streams]) - begin_s
 
 
-# ---- pairs
-
-
-def _pair_calls(name: str, size: Size, rng: random.Random) -> list[tuple[Call, Call]]:
-    return [_pair(name, size, number, rng) for number in range(NUM_PAIRS)]
-
-
-def _pair(name: str, size: Size, number: int, rng: random.Random) -> tuple[Call, Call]:
-    """A call, and one that finds something of it."""
-    first, second = (replace(_call(index, size, rng, adapter=0), num_tokens=4) for index in range(2))
-    if name == "prefix":
-        system = prose(size.num_system_words, rng)
-        return replace(first, system=system), replace(second, system=system)
-    if name == "picture":
-        picture = Picture(*size.pictures[number % len(size.pictures)], seed=rng.randrange(2**32))
-        return replace(first, picture=picture), replace(second, picture=picture, adapter=1)
-    adapter = number * 5 % 40  # with five others between, and 40 in all, eight slots never keep it
-    return replace(first, adapter=adapter), replace(second, adapter=adapter)
-
-
-def _pairs(endpoint: Endpoint, calls: Sequence[tuple[Call, Call]]) -> dict[str, float]:
-    """First tokens of firsts and of seconds, one call at a time."""
-    if any(first.adapter != 0 for first, _ in calls):
-        _evict(endpoint, calls)
-    firsts, seconds = [], []
-    for first, second in calls:
-        run = _run(endpoint, Trace("pair", "", (first, second), 1))
-        firsts.append(1000 * run.streams[0].first_token_s)
-        seconds.append(1000 * run.streams[1].first_token_s)
-    ratios = [second / first for first, second in zip(firsts, seconds, strict=True)]
-    return {
-        "first_ms": statistics.median(firsts),
-        "second_ms": statistics.median(seconds),
-        "second_to_first_ratio": statistics.median(ratios),
-        "saved_ms": statistics.median(a - b for a, b in zip(firsts, seconds, strict=True)),
-        "first_ms_p99": percentile(firsts, 0.99),
-    }
-
-
-def _evict(endpoint: Endpoint, calls: Sequence[tuple[Call, Call]]) -> None:
-    """Ask every other adapter once, so that those of the pairs have left the device for the host's memory."""
-    own = {first.adapter for first, _ in calls}
-    others = [number for number in range(SCENARIOS["swap"].num_adapters) if number not in own]
-    model = calls[0][0]
-    _run(
-        endpoint,
-        Trace("others", "", tuple(replace(model, index=i, adapter=n) for i, n in enumerate(others)), 4),
-    )
-
-
 # ---- fan-out
 
 
@@ -198,16 +161,16 @@ def _fan_out(endpoint: Endpoint, size: Size, rng: random.Random) -> dict[str, fl
     def asked(tag: str) -> Call:
         picture = Picture(*size.pictures[0], seed=rng.randrange(2**32))
         return replace(
-            _call(0, size, rng, adapter=0), picture=picture, num_tokens=size.output.low, prompt=f"{tag} we"
+            a_call(0, size, rng, adapter=0), picture=picture, num_tokens=size.output.low, prompt=f"{tag} we"
         )
 
     def apart(call: Call) -> tuple[Call, ...]:
         return tuple(replace(call, index=number, adapter=number) for number in range(num))
 
-    _run(endpoint, Trace("warm", "", apart(asked("in")), num))
-    at_once = _run(endpoint, Trace("fan-out", "", (replace(asked("the"), fan_out=num),), 1)).seconds
-    together = _run(endpoint, Trace("apart", "", apart(asked("and")), num)).seconds
-    in_turn = _run(endpoint, Trace("in turn", "", apart(asked("was")), 1)).seconds
+    run_whole(endpoint, Trace("warm", "", apart(asked("in")), num))
+    at_once = run_whole(endpoint, Trace("fan-out", "", (replace(asked("the"), fan_out=num),), 1)).seconds
+    together = run_whole(endpoint, Trace("apart", "", apart(asked("and")), num)).seconds
+    in_turn = run_whole(endpoint, Trace("in turn", "", apart(asked("was")), 1)).seconds
     return {
         "fan_out_ms": 1000 * at_once,
         "apart_at_once_ms": 1000 * together,
@@ -215,23 +178,3 @@ def _fan_out(endpoint: Endpoint, size: Size, rng: random.Random) -> dict[str, fl
         "to_at_once_ratio": at_once / together,
         "to_in_turn_ratio": at_once / in_turn,
     }
-
-
-# ---- both
-
-
-def _call(index: int, size: Size, rng: random.Random, *, adapter: int) -> Call:
-    words = rng.randint(size.prompt.low, size.prompt.high)
-    return Call(index, prose(words, rng), size.output.high, adapter)
-
-
-def _run(endpoint: Endpoint, trace: Trace) -> Run:
-    run = Load(endpoint).send(trace)
-    _require(run, endpoint)
-    return run
-
-
-def _require(run: Run, endpoint: Endpoint) -> None:
-    """In a scenario every call counts: one that failed changes what the others met."""
-    if failed := failures(run):
-        raise NothingMeasured(f"calls to {endpoint.label} failed: {'; '.join(failed)}")

@@ -34,7 +34,12 @@ class Served:
 
     def peak_bytes(self) -> int:
         """The most resident memory so far of it and its children, each at its own peak; 0 where /proc lacks."""
-        return sum(_peak_of(pid) for pid in _family(self.pid))
+        return peak_bytes(self.pid)
+
+
+def peak_bytes(pid: int) -> int:
+    """Of a process and all below it."""
+    return sum(_peak_of(member) for member in _family(pid))
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ class Script:
         self.fault: str | None = None
         """`status`, `error`, `cut`, `short`, `unfinished`, `silent`."""
         self.bodies: list[dict[str, object]] = []
+        self.paths: list[str] = []
         self.num_at_once = 0
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -29,7 +30,13 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            content = self.rfile.read(int(self.headers["content-length"] or 0))
+            with script.lock:
+                script.paths.append(self.path)
+            if not content:  # an act of an administrator
+                self._refuse_or_agree()
+                return
+            body = json.loads(content)
             with script.lock:
                 script.bodies.append(body)
                 script.num_at_once += 1
@@ -39,6 +46,12 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             finally:
                 with script.lock:
                     script.num_at_once -= 1
+
+        def _refuse_or_agree(self) -> None:
+            self.send_response(429 if script.fault == "status" else 200)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
 
         def _answer(self, body: dict[str, object]) -> None:
             status = 429 if script.fault == "status" else 200

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cells import NothingMeasured, Plan, Server, parity_of, ratio, run_side_by_side
+from bench.cells import FirstCalls, NothingMeasured, Plan, Server, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint
 from bench.ramp import sweep
 from bench.running import compared, other_server, run_workloads
@@ -76,7 +76,7 @@ def test_with_the_base_beside_it_a_workload_gives_two_cells(server: tuple[Server
     assert [cell["workload"] for cell in cells] == ["closed-1", "closed-1", "base-1"]
 
 
-@pytest.mark.parametrize("name", ["prefix", "picture", "swap"])
+@pytest.mark.parametrize("name", ["prefix", "picture", "picture-apart", "swap"])
 def test_pairs_share_what_their_name_says(server: tuple[Server, Script], name: str) -> None:
     ours, script = server
     cell = run_scenario(ours.endpoint, SCENARIOS[name], replace(PLAN, num_repeats=1), silent)
@@ -86,10 +86,44 @@ def test_pairs_share_what_their_name_says(server: tuple[Server, Script], name: s
         assert _roles(first)[0] == "system" and _parts(first, 0) == _parts(second, 0)
     if name == "picture":
         assert str(_parts(first, 0)).split("text")[0] == str(_parts(second, 0)).split("text")[0]
+        assert first["adapter"] == second["adapter"]
+    if name == "picture-apart":
+        assert str(_parts(first, 0)).split("text")[0] == str(_parts(second, 0)).split("text")[0]
         assert first["adapter"] != second["adapter"]
     if name == "swap":
         assert first["adapter"] == second["adapter"]
         assert len({str(body["adapter"]) for body in script.bodies[:-16]}) == 32  # all others came between
+
+
+def test_a_cold_swap_unloads_before_each_first_call(server: tuple[Server, Script]) -> None:
+    ours, script = server
+    plan = replace(PLAN, num_repeats=1, pairs_per_repeat=3)
+    run_scenario(ours.endpoint, SCENARIOS["cold-swap"], plan, silent)
+    order = [path.rsplit("/", 2)[-2] if path.endswith("/unload") else "asked" for path in script.paths]
+    assert order == [word for name in NAMES[:3] for word in (name, "asked", "asked")]
+
+
+def test_a_server_that_cannot_unload_gives_no_cold_swap(server: tuple[Server, Script]) -> None:
+    ours, script = server
+    script.fault = "status"
+    with pytest.raises(NothingMeasured, match="does not unload adapter-0"):
+        run_scenario(ours.endpoint, SCENARIOS["cold-swap"], PLAN, silent)
+
+
+def test_a_target_of_first_calls_sends_no_more_and_says_so(server: tuple[Server, Script]) -> None:
+    ours, _ = server
+    plan = replace(PLAN, num_repeats=1, has_warm_up=False, num_calls=6)
+    whole, few = run_side_by_side([ours, FirstCalls(ours, 2)], workload_named("closed-1"), plan, silent)
+    assert (len(whole.runs[0].streams), len(few.runs[0].streams)) == (6, 2)
+    assert few.cell(workload_named("closed-1"), plan)["endpoint"] == ours.about() | {"first_calls": 2}
+    assert parity_of(whole, few)["num_compared"] == 2
+
+
+def test_a_warm_up_may_be_short() -> None:
+    workload = workload_named("closed-8")
+    cut = replace(PLAN, warm_up_tokens=2).warm_up(workload)
+    assert {call.num_tokens for call in cut.calls} == {2}
+    assert [call.prompt for call in cut.calls] == [call.prompt for call in PLAN.warm_up(workload).calls]
 
 
 def test_guests_arrive_beside_hosts(server: tuple[Server, Script]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bench.floors import LanguageShape, Machine
 from bench.kernel_run import language_shape
 from bench.kernels import Stand, _Bed, time_kernels
-from bench.machine import best_seconds, measure_machine
+from bench.machine import best_seconds, blocked_product, has_blocked_product, measure_machine
 
 CPU = torch.device("cpu")
 SHAPE = LanguageShape(128, 2, 4, 2, 32, 192, 1024)
@@ -24,7 +26,8 @@ def test_every_kernel_is_timed_at_every_number_of_rows() -> None:
         (kernel, rows) for kernel in ("matmul", "lora", "attention") for rows in (1, 4)
     }
     assert all(each.us > 0 and each.floor_us > 0 for each in timings)
-    assert len([each for each in timings if each.kernel == "matmul"]) == 3 * 2
+    num_ways = 3 + has_blocked_product()
+    assert len([each for each in timings if each.kernel == "matmul"]) == num_ways * 2
 
 
 def test_floors_are_those_worked_out_by_hand() -> None:
@@ -66,7 +69,22 @@ def test_a_machine_s_limits_are_positive_and_a_sleep_is_timed(monkeypatch: pytes
     assert len(calls) == 4  # one to warm up
 
 
+@pytest.mark.skipif(not has_blocked_product(), reason="this torch has no oneDNN")
+def test_the_product_in_blocks_is_the_product() -> None:
+    weight, x = torch.randn(96, 64), torch.randn(5, 64)
+    assert torch.allclose(blocked_product(weight, 16)(x), x @ weight.T, atol=1e-4)
+
+
 def test_shapes_are_found_by_name_or_folder() -> None:
     assert language_shape("7b").num_linear_weights == pytest.approx(6.525e9, rel=1e-3)
     with pytest.raises(ValueError, match="no shape"):
         language_shape("13b")
+
+
+@pytest.mark.gpu
+def test_triton_s_product_is_the_loop_s() -> None:
+    device = torch.device("cuda")
+    bed = _Bed(replace(stand(), device=device), "q")
+    x = torch.randn(5, 128, dtype=torch.bfloat16, device=device)
+    added = bed.triton(x, 2)().float()
+    assert torch.allclose(added, torch.cat(bed.loop(x, 2)).float(), atol=0.05, rtol=0.05)

@@ -11,7 +11,8 @@ import pytest
 from bench.load import Run
 from bench.measure import parity
 from bench.peer_worker import Worker
-from bench.peers import PeerFailed, PeerKind, PeerSetup, peer, run_from_json, trace_from_json
+from bench.peers import PeerFailed, PeerKind, PeerSetup, PeerWeights, peer, run_from_json, trace_from_json
+from bench.running import peer_setups
 from bench.shape_adapters import make_adapters
 from bench.shapes import SHAPES, make_checkpoint
 from bench.trace import Picture, Trace
@@ -31,9 +32,9 @@ class Made:
     root: Path
     names: tuple[str, ...]
 
-    def worker(self, kind: PeerKind) -> Worker:
+    def worker(self, kind: PeerKind, weights: PeerWeights = PeerWeights.SHIPPED) -> Worker:
         """One in this process: to start another takes seconds."""
-        return Worker(kind, self.checkpoint, self.root, "cpu", self.names)
+        return Worker(kind, self.checkpoint, self.root, "cpu", self.names, weights)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,19 @@ def test_both_ways_say_the_same_and_adapters_speak_for_themselves(runs: dict[Pee
     assert len(set(hashes)) == 4
 
 
+@pytest.mark.parametrize("weights", [PeerWeights.BF16, PeerWeights.FP32])
+def test_dequantised_weights_say_the_same(
+    made: Made, trace: Trace, runs: dict[PeerKind, Run], weights: PeerWeights
+) -> None:
+    run = made.worker(PeerKind.SET_ADAPTER, weights).run(trace)
+    assert [streamed.failure for streamed in run.streams] == [None] * 4
+    found = parity(runs[PeerKind.SET_ADAPTER], run)
+    # PEFT rounds an adapter's sum otherwise over plain linears, and near ties of random weights may differ
+    assert found.num_equal >= 2
+    if weights is PeerWeights.BF16:  # on the base it is the unpacked path's own arithmetic
+        assert 3 not in found.differing
+
+
 def test_a_worker_of_its_own_answers_and_what_it_cannot_do_does_not_end_it(
     made: Made, trace: Trace, tmp_path: Path
 ) -> None:
@@ -84,7 +98,7 @@ def test_a_worker_of_its_own_answers_and_what_it_cannot_do_does_not_end_it(
         with pytest.raises(PeerFailed, match="text alone"):
             each.send(pictured)
         assert [streamed.failure for streamed in each.send(plain).streams] == [None, None]
-        assert "torch" in str(each.about()["versions"])
+        assert "torch" in str(each.about()["versions"]) and int(str(each.about()["peak_bytes"])) > 2**20
 
 
 def test_a_peer_that_cannot_load_says_so(tmp_path: Path) -> None:
@@ -98,3 +112,17 @@ def test_traces_and_runs_survive_the_way_to_a_worker(trace: Trace, runs: dict[Pe
     assert trace_from_json(json.loads(json.dumps(asdict(pictured)))) == pictured
     run = runs[PeerKind.SET_ADAPTER]
     assert run_from_json(json.loads(json.dumps(asdict(run)))) == run
+
+
+def test_workers_have_weights_for_all_or_for_each(made: Made) -> None:
+    kinds = (PeerKind.GENERATE, PeerKind.ADAPTER_NAMES)
+
+    def weights(*words: str) -> list[str]:
+        found = peer_setups(kinds, words, made.checkpoint, made.root, made.names, ["closed-8"])
+        return [str(setup.weights) for setup in found]
+
+    assert weights("nf4") == ["nf4", "nf4"]
+    assert weights("bf16", "fp32") == ["bf16", "fp32"]
+    for words in (("nf4", "nf4", "nf4"), ("int8", "nf4")):
+        with pytest.raises(ValueError, match=r"workers|int8"):
+            weights(*words)

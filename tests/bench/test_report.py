@@ -26,6 +26,8 @@ CELL: dict[str, object] = {
     "runs": [{"output_tokens_per_s": 120.0}, {"output_tokens_per_s": 130.0}],
     "by_adapter": {"french": {"num_calls": 3}},
     "ratios": {"lorikeet, base only": {"median": 0.87, "lowest": 0.81, "highest": 0.93, "num_pairs": 5}},
+    "parity": {"lorikeet, base only": {"num_equal": 3, "num_compared": 4}},
+    "server_peak_bytes": 3 * 2**30,
     "efficiency": {"efficiency": 0.955, "possible_ratio": 0.911},
 }
 SCENARIO: dict[str, object] = {
@@ -72,6 +74,8 @@ def test_the_tables_hold_every_kind_of_figure() -> None:
         "0.81 to 0.93",
         "0.91",
         "0.95",
+        "3 of 4",
+        "3.00",
         "second_to_first_ratio",
         "0.25",
         "knee",
