@@ -1,7 +1,8 @@
 """Garbage: packages that no name means and nobody leases, deleted as soon as that is so.
 
 Owns when bytes go. Asks the names whether a digest is meant, the leases whether it is held here, and the store whether
-another server that shares it holds it; takes nothing that is.
+another server that shares it holds it; takes nothing that is. When a store with a limit is full, it looks for what
+nothing means and nobody has noticed: what a killed server kept and never registered.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ class Garbage:
                     free = {digest for digest in self._waiting if not self._leases.is_held(digest)}
                     self._waiting -= {digest for digest in free if self._is_done_with(digest)}
 
+    def make_room(self, num_bytes: int) -> None:
+        """If as many bytes would not fit the store's limit, delete all that nothing means and nobody holds."""
+        if not self._store.size.has_room(num_bytes):
+            self.collect(*(digest for digest in self._store.digests() if not self._names.is_meant(digest)))
+
     def _is_done_with(self, digest: str) -> bool:
         """False while another server holds it, which may not know yet that it should go."""
         if self._names.is_meant_on_disk(digest):
             return True
-        self._on_deleted(digest)
         self._leases.forget(digest)
-        return self._store.remove(digest) or not self._store.path(digest).is_dir()
+        if self._store.remove(digest):
+            self._on_deleted(digest)
+            return True
+        return not self._store.path(digest).is_dir()
 
     def finish(self) -> None:
         """Wait for the deletions that are under way."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from adapters.ref import AdapterRef
+from adapters.room import Footprint
 from adapters.staging import StagedAdapter
 
 
@@ -33,6 +34,10 @@ class HostTier:
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref.digest in self._staged
+
+    def footprint(self, ref: AdapterRef) -> Footprint | None:
+        staged = self._staged.get(ref.digest)
+        return None if staged is None else staged.footprint
 
     def get(self, ref: AdapterRef) -> StagedAdapter | None:
         staged = self._staged.get(ref.digest)

@@ -3,41 +3,29 @@
 Owns the reads under way, and shares the host tier's bytes between the threads. Decides
 nothing: which adapter goes into which slot is the residency's. One read serves all who want the same content.
 
-Reads run beside the steps; what a step waits for is the copy into a slot, in ``finished``, at a step's boundary.
+Reads run beside the steps; what a step waits for is the copy into a slot, in ``finished``, at a step's boundary: a
+slice of it where sequences run.
 
 Place in a request's way: step 5.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import torch
-
-from adapters.errors import AdapterError, InsufficientMemory
+from adapters.copies import Copies, Ready, translate
+from adapters.errors import AdapterError
 from adapters.host_tier import HostTier
+from adapters.moves import Evict, Load, Move, Moved, MoveFailed, Tier
 from adapters.ref import AdapterRef
-from adapters.residency import Evict, Load, Move, Moved, MoveFailed, Tier
+from adapters.room import Footprint
 from adapters.slots import SlotBank
 from adapters.staging import StagedAdapter
 from adapters.weights import AdapterWeights
-
-logger = logging.getLogger("lorikeet.adapters")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A load whose outcome is known and whose slot is not yet written."""
-
-    load: Load
-    outcome: StagedAdapter | AdapterError
-    read_s: float
-    origin: Tier
 
 
 @dataclass(slots=True)
@@ -71,11 +59,12 @@ class Mover:
         self._lock = threading.Lock()  # guards the five below; never held while reading or copying
         self._host = HostTier(host_bytes)
         self._reads: dict[str, _Read] = {}
-        self._ready: list[_Ready] = []
-        self._prefetched: dict[AdapterRef, AdapterError | None] = {}
+        self._ready: list[Ready] = []
+        self._prefetched: dict[AdapterRef, Footprint | AdapterError] = {}
         self._ahead_s: dict[str, float] = {}
         """Seconds of reads ahead whose load has not come yet: it reports them as its own."""
-        self._loading: dict[int, Load] = {}  # by slot; the engine's thread only
+        self._loading: dict[int, Load] = {}  # by slot; this and the next are the engine's thread's only
+        self._copies = Copies(bank)
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
 
@@ -100,7 +89,7 @@ class Mover:
             staged = self._host.get(load.ref)
             if staged is not None:
                 read_s = self._ahead_s.pop(load.ref.digest, 0.0)
-                self._ready.append(_Ready(load, staged, read_s, Tier.HOST))
+                self._ready.append(Ready(load, staged, read_s, Tier.HOST))
         if staged is not None:
             self._on_ready()
         else:
@@ -117,8 +106,8 @@ class Mover:
         self._fetch(ref, None)
         return True
 
-    def take_prefetched(self) -> dict[AdapterRef, AdapterError | None]:
-        """Prefetches that ended since the last call, with the error of those that failed."""
+    def take_prefetched(self) -> dict[AdapterRef, Footprint | AdapterError]:
+        """Prefetches that ended since the last call: where they will lie, or the error of those that failed."""
         with self._lock:
             ended, self._prefetched = self._prefetched, {}
         return ended
@@ -136,24 +125,23 @@ class Mover:
             future = self._threads.submit(self._read_and_stage, ref)
             future.add_done_callback(lambda done: self._end_read(ref, done))
 
-    def finished(self) -> list[Moved | MoveFailed]:
-        """Write what is ready into its slots, in the order of becoming ready. Where it fails the slot stays empty."""
+    def finished(self, max_bytes: int | None = None) -> list[Moved | MoveFailed]:
+        """Write what is ready into its slots, in the order of becoming ready, and return what ended with it.
+
+        ``max_bytes`` are copied at most, and the site that passes them; the rest is left to the next call.
+        """
         with self._lock:
             ready, self._ready = self._ready, []
-        return [self._write(each) for each in ready]
+        self._copies.add(ready)
+        results = self._copies.advance(max_bytes)
+        for result in results:
+            del self._loading[result.move.slot]
+        return results
 
-    def _write(self, ready: _Ready) -> Moved | MoveFailed:
-        load, outcome = ready.load, ready.outcome
-        del self._loading[load.slot]
-        if isinstance(outcome, AdapterError):
-            return MoveFailed(load, outcome)
-        begin_s = time.monotonic()
-        try:
-            self._bank.write(load.slot, outcome)
-        except (MemoryError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
-            return MoveFailed(load, _translate(load.ref, error))
-        seconds = {"read": ready.read_s, "copy": time.monotonic() - begin_s}
-        return Moved(load, outcome.num_bytes, seconds, ready.origin, outcome.proof)
+    @property
+    def is_copying(self) -> bool:
+        """Whether ``finished`` has left something to its next call."""
+        return self._copies.is_busy
 
     def forget(self, ref: AdapterRef) -> int:
         """Free the adapter's copy on the host; returns its bytes. A read under way will not be kept either."""
@@ -176,17 +164,17 @@ class Mover:
         if done.cancelled():
             return
         error = done.exception()
-        outcome = done.result() if error is None else _translate(ref, error)
+        outcome = done.result() if error is None else translate(ref, error)
         with self._lock:
             read = self._reads.pop(ref.digest)
             if isinstance(outcome, StagedAdapter) and read.keeps:
                 self._host.put(ref, outcome)
-            error_of_ours = outcome if isinstance(outcome, AdapterError) else None
-            self._prefetched |= dict.fromkeys(read.prefetches, error_of_ours)
+            told = outcome if isinstance(outcome, AdapterError) else outcome.footprint
+            self._prefetched |= dict.fromkeys(read.prefetches, told)
             read_s = time.monotonic() - read.begin_s
             if not read.loads and ref in self._host:
                 self._ahead_s[ref.digest] = read_s
-            self._ready += [_Ready(load, outcome, read_s, Tier.DISK) for load in read.loads]
+            self._ready += [Ready(load, outcome, read_s, Tier.DISK) for load in read.loads]
         self._on_ready()
 
     # ---- any thread --------------------------------------------------------------------------------------------
@@ -204,18 +192,11 @@ class Mover:
         with self._lock:
             return self._host.take_evicted()
 
+    def footprint(self, ref: AdapterRef) -> Footprint | None:
+        """Where it will lie on the device; None unless it is on the host. Does not count as a use."""
+        with self._lock:
+            return self._host.footprint(ref)
+
     def is_on_host(self, ref: AdapterRef) -> bool:
         with self._lock:
             return ref in self._host
-
-
-def _translate(ref: AdapterRef, error: BaseException) -> AdapterError:
-    """A foreign exception as ours, without its text: that may hold a path of this machine."""
-    if isinstance(error, AdapterError):
-        return error
-    kind = type(error).__name__
-    logger.error("adapter.move_failed ref=%s error=%s", ref, kind)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return InsufficientMemory(f"no memory for adapter {ref}; unload another adapter or lower num_slots")
-    cause = f"{kind}: {error.strerror}" if isinstance(error, OSError) and error.strerror else kind
-    return AdapterError(f"adapter {ref} could not be loaded ({cause}); check its package and load it again")

@@ -28,6 +28,7 @@ from adapters.ref import BASE, AdapterRef
 from adapters.sites import SiteTable
 from adapters.spelling import Spelling
 from adapters.store import PackageStore, check_sha256, check_stored
+from adapters.store_size import package_bytes
 from adapters.validation import Limits, ReadDefaults, check_package, no_defaults
 
 if TYPE_CHECKING:
@@ -57,11 +58,14 @@ class Registry:
         *,
         base_fingerprint: str = "",
         read_defaults: ReadDefaults = no_defaults,
+        max_store_bytes: int | None = None,
+        on_deleted: Callable[[], None] = lambda: None,
     ) -> None:
         """Open or create ``root/registry.sqlite`` and ``root/packages/``, and clear away what a killed server left.
 
         ``base_names`` are all names of the served base, its hub id among them if it has one.
-        ``read_defaults`` checks what a package says that its requests are served with.
+        ``read_defaults`` checks what a package says that its requests are served with. ``max_store_bytes`` is the
+        limit of all packages; ``on_deleted`` is called from any thread when one that nothing means is deleted.
         """
         self._sites = sites
         self._limits = limits
@@ -69,12 +73,13 @@ class Registry:
         self._base_fingerprint = base_fingerprint
         self._read_defaults = read_defaults
         self._spelling = Spelling(base_names)
-        self._store = PackageStore(root / "packages")
+        self._store = PackageStore(root / "packages", max_store_bytes)
         self._leases = LeaseBook(self._store, lambda digest: self._garbage.collect_later(digest))
+        self._on_deleted = on_deleted
         self._sound: set[str] = set()
         with self._store.alone() as is_alone:
             self._names = Names(root / "registry.sqlite")
-            self._garbage = Garbage(self._store, self._names, self._leases, self._sound.discard)
+            self._garbage = Garbage(self._store, self._names, self._leases, self._note_deleted)
             self.pointers = Pointers(self._names, self._leases, self._spelling)
             self.conduct = Conduct(self._names)
             self._compare_with_store(is_alone)
@@ -97,12 +102,8 @@ class Registry:
         """
         offer = _Offer(name, folder, source, expected_sha256, within)
         entry, inserted = self._take_in(offer, pin=pin, promote=True)
-        _log.info(
-            "adapter.registered ref=%s digest=%s is_created=%s",
-            entry.ref,
-            entry.ref.digest,
-            inserted.has_moved,
-        )
+        ref, is_created = entry.ref, inserted.has_moved
+        _log.info("adapter.registered ref=%s digest=%s is_created=%s", ref, ref.digest, is_created)
         return entry, inserted.has_moved
 
     def stage(
@@ -122,6 +123,7 @@ class Registry:
 
     def _take_in(self, offer: _Offer, *, pin: bool, promote: bool) -> tuple[AdapterEntry, Inserted]:
         self._spelling.check_name(offer.name)
+        self._garbage.make_room(package_bytes(offer.folder))
         with self._store.staged(offer.folder, self._limits.max_package_bytes, offer.within) as copy:
             report = check_package(
                 copy,
@@ -197,6 +199,12 @@ class Registry:
         """Take in what other servers wrote, and delete what could not be deleted before. For a regular look."""
         self._names.watch()
         self._garbage.collect()
+        self._store.size.measure()
+
+    @property
+    def store_bytes(self) -> int:
+        """Of all packages, as it was at the last ``refresh``; at once."""
+        return self._store.size.num_bytes
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether this version is registered, as far as this process knows; at once."""
@@ -234,6 +242,10 @@ class Registry:
 
     def _entry(self, record: NameRecord, version: VersionRecord) -> AdapterEntry:
         return entry_of(record, version, self._leases)
+
+    def _note_deleted(self, digest: str) -> None:
+        self._sound.discard(digest)
+        self._on_deleted()
 
     def _compare_with_store(self, is_alone: bool) -> None:
         meant = {version.ref.digest for record in self._names.all() for version in record.versions}

@@ -1,13 +1,16 @@
 """Residency: which adapter is in which device slot, and which comes and goes next.
 
-Owns the tier DEVICE, pins and holds: integers and refs, no tensors. Decides and does not act: ``plan`` returns moves,
-the mover carries them out, and its results come back through ``settle``. The engine's thread only.
+Owns the tier DEVICE, its bytes (``Room``), pins and holds: integers and refs, no tensors. Decides and does not act:
+``plan`` returns moves, the mover carries them out, and its results come back through ``settle``. The engine's thread
+only.
 
 A slot's life: free -> loading (planned, nobody may use it) -> resident (visible at a step boundary) -> free. A held
 slot (sequences run on it), a pinned one, one that is loading and one that is asked for in the same plan never leave. Of
 the rest the least recently used leaves, with one exception that keeps a scan over many adapters from washing out those
 in steady use: up to half the slots are kept for the most recently used adapters that were held twice or more since they
 came; they leave only when nothing else can.
+
+Where the room has a limit, as many leave as the newcomer's bytes need, and nobody when that would not be enough.
 
 Place in a request's way: step 5, where a sequence whose adapter is not on the device waits.
 """
@@ -17,55 +20,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from adapters.errors import AdapterBusy, AdapterError
-from adapters.profile import Proof
+from adapters.errors import AdapterBusy
+from adapters.moves import Evict, Load, Move, Moved, MoveFailed
 from adapters.ref import AdapterRef
-
-
-class Tier(StrEnum):
-    """Where an adapter's weights are, slowest first."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    ref: AdapterRef
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Evict:
-    ref: AdapterRef
-    slot: int
-
-
-Move = Load | Evict
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The weights are in the slot."""
-
-    move: Load
-    num_bytes: int
-    seconds: Mapping[str, float]
-    """By stage: ``read`` (from disk, checked; 0 if the host tier had it longer) and ``copy`` (into the slot)."""
-    origin: Tier = Tier.DISK
-    proof: Proof | None = None
-    """What its package lets a server check; None where it says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class MoveFailed:
-    """The slot is empty."""
-
-    move: Load
-    error: AdapterError
+from adapters.room import Footprint, Room, Shortage, joint_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,45 +49,82 @@ class _Seat:
 
 
 class Residency:
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, room: Room | None = None) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; at least one slot is needed to serve adapters")
         self._num_slots = num_slots
+        self._room = room or Room()
+        self._footprints: Mapping[AdapterRef, Footprint] = {}  # of those who were last asked for
         self._seats: dict[AdapterRef, _Seat] = {}
         self._pins: set[AdapterRef] = set()
         self._clock = itertools.count(1)
 
     # ---- deciding ----------------------------------------------------------------------------------------------
 
-    def plan(self, wanted: Sequence[AdapterRef], unready: Collection[AdapterRef] = ()) -> tuple[Move, ...]:
+    def plan(
+        self,
+        wanted: Sequence[AdapterRef],
+        ready: Mapping[AdapterRef, Footprint] | None = None,
+    ) -> tuple[Move, ...]:
         """Moves that bring as many of ``wanted`` (most urgent first) to the device as can come; () when none can.
 
-        ``unready`` ones take free slots only: nobody leaves for an adapter of which it is not known that it can come.
+        ``ready`` holds those that can come at once, with the pages that they will take; None says that all can, and
+        that their bytes do not count. Nobody leaves for another one, which takes a free slot only, and where the room
+        is bounded waits until its bytes are known. The first that does not fit ends the plan: smaller ones do not
+        overtake it, or it would wait for ever.
         From here on the slots of the returned loads count as taken: call it again with the same refs and it returns
         nothing. The mover gets all moves, in order; an Evict stands before the Load into its slot.
         """
         moves: list[Move] = []
         keep = set(wanted)
+        self._footprints = ready or {}
         for ref in dict.fromkeys(wanted):
             if ref.is_base or ref in self._seats:
                 continue
-            if not self._free_slots() and ref in unready:
+            is_ready = ready is None or ref in ready
+            if not is_ready and (self._room.is_bounded or not self._free_slots()):
                 continue
-            evict = None if self._free_slots() else self._evict_one(keep)
-            if evict is None and not self._free_slots():
+            victims = self._victims(ref, keep)
+            if victims is None:
                 break
-            load = Load(ref, min(self._free_slots()))
-            self._seats[ref] = _Seat(load.slot)
-            moves += [load] if evict is None else [evict, load]
+            moves += [self._vacate(victim) for victim in victims]
+            moves.append(self._seat(ref))
         return tuple(moves)
 
-    def _evict_one(self, keep: set[AdapterRef]) -> Evict | None:
-        candidates = [ref for ref in self._seats if ref not in keep and self._may_leave(ref)]
-        if not candidates:
-            return None
+    def _victims(self, ref: AdapterRef, keep: Collection[AdapterRef]) -> list[AdapterRef] | None:
+        """Who leaves for it, the least missed first; None when all that may leave are not enough."""
         sheltered = self._sheltered()
-        victim = min(candidates, key=lambda ref: (ref in sheltered, self._seats[ref].last_used))
-        return Evict(victim, self._seats.pop(victim).slot)
+        candidates = [other for other in self._seats if other not in keep and self._may_leave(other)]
+        candidates.sort(key=lambda other: (other in sheltered, self._seats[other].last_used))
+        for count in range(len(candidates) + 1):
+            if self.fits(ref, candidates[:count]):
+                return self._needed(ref, candidates[:count])
+        return None
+
+    def _needed(self, ref: AdapterRef, victims: list[AdapterRef]) -> list[AdapterRef]:
+        """Without those whose leaving frees too little to matter: pages that others use too."""
+        for spared in victims[::-1]:
+            others = [victim for victim in victims if victim is not spared]
+            if self.fits(ref, others):
+                victims = others
+        return victims
+
+    def fits(self, ref: AdapterRef, leaving: Collection[AdapterRef] = ()) -> bool:
+        """Whether it has a slot and room for its bytes, as far as they are known, once ``leaving`` are gone."""
+        slots = [self._seats[other].slot for other in leaving]
+        has_slot = len(self._seats) - len(slots) < self._num_slots
+        return has_slot and self._room.fits(self._footprints.get(ref, frozenset()), slots)
+
+    def _seat(self, ref: AdapterRef) -> Load:
+        slot = min(self._free_slots())
+        self._seats[ref] = _Seat(slot)
+        self._room.enter(slot, self._footprints.get(ref, frozenset()))
+        return Load(ref, slot)
+
+    def _vacate(self, ref: AdapterRef) -> Evict:
+        slot = self._seats.pop(ref).slot
+        self._room.leave(slot)
+        return Evict(ref, slot)
 
     def _may_leave(self, ref: AdapterRef) -> bool:
         seat = self._seats[ref]
@@ -152,7 +148,7 @@ class Residency:
         if seat is None or seat.is_resident or seat.slot != result.move.slot:
             raise ValueError(f"{result.move.ref} is not loading into slot {result.move.slot}")
         if isinstance(result, MoveFailed):
-            del self._seats[result.move.ref]
+            self._vacate(result.move.ref)
             return
         seat.is_resident = True
         seat.last_used = next(self._clock)
@@ -166,7 +162,7 @@ class Residency:
         if seat is not None and (seat.num_holds or not seat.is_resident):
             raise AdapterBusy(ref.title, seat.num_holds)
         self._pins.discard(ref)
-        return None if seat is None else Evict(ref, self._seats.pop(ref).slot)
+        return None if seat is None else self._vacate(ref)
 
     # ---- holds and pins ----------------------------------------------------------------------------------------
 
@@ -220,6 +216,18 @@ class Residency:
     def can_ever_load(self, ref: AdapterRef) -> bool:
         """Whether waiting can help: it has a slot already, or some slot is not pinned."""
         return ref in self._seats or sum(other in self._pins for other in self._seats) < self._num_slots
+
+    def shortage(self, ref: AdapterRef, footprint: Footprint) -> Shortage | None:
+        """Why it never fits, however many leave: its own bytes, or those with what is pinned, pass the limit."""
+        if ref in self._seats or self._room.max_bytes is None:
+            return None
+        pinned = [
+            self._room.footprint(seat.slot) for other, seat in self._seats.items() if other in self._pins
+        ]
+        num_bytes = joint_bytes([footprint, *pinned])
+        if num_bytes <= self._room.max_bytes:
+            return None
+        return Shortage(joint_bytes([footprint]), num_bytes, self._room.max_bytes)
 
     def residents(self) -> tuple[Resident, ...]:
         """By slot."""

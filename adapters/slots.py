@@ -16,19 +16,21 @@ Place in a request's way: step 8, under every linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adapters.room import Footprint, Page
 from adapters.sites import Site, SiteTable
 from adapters.staging import StagedAdapter, StagedSite, Stager
 from adapters.weights import AdapterWeights
 
 MIN_PAGE_RANK = 8
 """Below 8 columns BLAS takes kernels (matrix-vector, for rank 1) whose sums depend on the number of rows."""
+MAX_FOOTPRINTS = 256
 OUT_TILE = 16
 """B's rows are padded to a multiple of 16, so that any number of threads splits them between like kernels."""
 
@@ -36,6 +38,10 @@ OUT_TILE = 16
 def page_rank(rank: int) -> int:
     """The padded rank under which a rank is stored: a power of two, at least 8."""
     return max(MIN_PAGE_RANK, 1 << (rank - 1).bit_length())
+
+
+def _padded_out(site: Site) -> int:
+    return -(-site.out_features // OUT_TILE) * OUT_TILE
 
 
 class Form(NamedTuple):
@@ -104,8 +110,7 @@ def bank_bytes(sites: SiteTable, num_slots: int, max_rank: int, itemsize: int) -
     where that does not fit the load fails, not the step."""
     rank = page_rank(max_rank)
     return sum(
-        num_slots * rank * (site.in_features + -(-site.out_features // OUT_TILE) * OUT_TILE) * itemsize
-        for site in sites.values()
+        num_slots * rank * (site.in_features + _padded_out(site)) * itemsize for site in sites.values()
     )
 
 
@@ -122,6 +127,9 @@ class SlotBank:
         self.device = device
         self._shelves = {name: Shelf(site, num_slots) for name, site in sites.items()}
         self._loaded = [False] * num_slots
+        self._footprints: dict[
+            Footprint, Footprint
+        ] = {}  # like ones are one object: a thousand adapters have a few
         self._stager = Stager(sites, max_rank, dtype, is_pinned=device.type == "cuda")
 
     def connect(self, base_weight: Callable[[str], Tensor]) -> None:
@@ -136,15 +144,39 @@ class SlotBank:
 
         Raises AdapterRejected if it does not fit this base or ``max_rank``.
         """
-        return self._stager.stage(weights)
+        staged = self._stager.stage(weights)
+        return replace(staged, footprint=self._footprint(staged))
+
+    def _footprint(self, staged: StagedAdapter) -> Footprint:
+        pages = set()
+        for name, part in staged.sites.items():
+            site, rank = self._shelves[name].site, page_rank(part.a.shape[0])
+            pages.add(Page(name, rank, self._page_bytes(site, rank)))
+            if part.scale is not None:
+                pages.add(Page(name, 0, self.num_slots * site.out_features * 4))
+        if len(self._footprints) >= MAX_FOOTPRINTS:
+            self._footprints.clear()
+        footprint = frozenset(pages)
+        return self._footprints.setdefault(footprint, footprint)
+
+    def _page_bytes(self, site: Site, rank: int) -> int:
+        """As ``_new_pages`` allocates; the room counts by it, and a test compares."""
+        return self.num_slots * rank * (site.in_features + _padded_out(site)) * self.dtype.itemsize
 
     def write(self, slot: int, weights: AdapterWeights | StagedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there. If it raises, the slot is empty."""
+        for _ in self.writing(slot, weights):
+            pass
+
+    def writing(self, slot: int, weights: AdapterWeights | StagedAdapter) -> Generator[int]:
+        """As ``write``, a site at a time: yields the bytes just copied. Nobody sees the slot before the end; if it
+        raises or is closed before, the slot is empty."""
         staged = weights if isinstance(weights, StagedAdapter) else self.stage(weights)
         self._empty(slot)
         try:
             for name, site in staged.sites.items():
                 self._write_site(self._shelves[name], slot, site)
+                yield site.num_bytes
         except BaseException:
             self.clear(slot)
             raise
@@ -164,9 +196,8 @@ class SlotBank:
             shelf.scale[slot].copy_(staged.scale)
 
     def _new_pages(self, site: Site, rank: int) -> Pages:
-        out_padded = -(-site.out_features // OUT_TILE) * OUT_TILE
         a = torch.empty((self.num_slots, rank, site.in_features), dtype=self.dtype, device=self.device)
-        b = torch.empty((self.num_slots, out_padded, rank), dtype=self.dtype, device=self.device)
+        b = torch.empty((self.num_slots, _padded_out(site), rank), dtype=self.dtype, device=self.device)
         return Pages(a, b)
 
     def clear(self, slot: int) -> None:

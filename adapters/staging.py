@@ -18,6 +18,7 @@ from torch import Tensor
 from adapters.composition import RANK_FACTOR
 from adapters.errors import AdapterRejected, RejectReason
 from adapters.profile import Proof
+from adapters.room import Footprint
 from adapters.sites import SiteTable
 from adapters.weights import AdapterWeights, SiteWeights
 
@@ -41,6 +42,8 @@ class StagedAdapter:
     sites: Mapping[str, StagedSite]
     proof: Proof | None = None
     """Carried along for whoever proves it on the device."""
+    footprint: Footprint = frozenset()
+    """The bank's pages that it will lie in."""
 
     @property
     def num_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """PackageStore: packages on disk, each in a folder named by its digest, copied once and never changed.
 
-Owns the bytes: a private copy, its name given in one rename, holds, and deletion. Does not know what is in a package
-or who refers to it; the registry says what to keep.
+Owns the bytes: how many may be here (``StoreSize``), a private copy, its name given in one rename, holds, and deletion.
+Does not know what is in a package or who refers to it; the registry says what to keep.
 
 Several servers may share one store. Whoever adds holds ``.lock`` shared until the package is referred to; whoever
 deletes holds it alone; whoever uses a package holds its folder shared. The kernel drops all of these with the process,
@@ -23,6 +23,7 @@ from pathlib import Path
 from adapters.copying import copy_package, storage_errors, sync_folder
 from adapters.errors import AdapterRejected, RejectReason, SourceRejected
 from adapters.package import WEIGHTS_NAME, file_sha256, open_package_file, package_digest
+from adapters.store_size import StoreSize
 
 _log = logging.getLogger("lorikeet.adapters.store")
 
@@ -44,10 +45,12 @@ class Hold:
 class PackageStore:
     """Thread-safe: it keeps no state but the folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
+        """``max_bytes`` of all packages together; None leaves it to the disk."""
         with storage_errors():
             root.mkdir(parents=True, exist_ok=True)
             (root / ".lock").touch(mode=0o644)
+            self.size = StoreSize(root, max_bytes)
         self._root = root
 
     def path(self, digest: str) -> Path:
@@ -85,7 +88,10 @@ class PackageStore:
                 shutil.rmtree(copy, ignore_errors=True)
 
     def keep(self, copy: Path, digest: str) -> None:
-        """Give a staged copy its name, durably. A package that is there already stays, if its bytes are sound."""
+        """Give a staged copy its name, durably. A package that is there already stays, if its bytes are sound.
+
+        Raises InsufficientStorage where the store's limit leaves it no room.
+        """
         with storage_errors():
             final = self.path(digest)
             if final.is_dir():
@@ -93,11 +99,12 @@ class PackageStore:
                     return
                 _log.warning("store.repaired digest=%s", digest)
                 self._discard(final)
-            try:
-                copy.rename(final)
-            except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise  # else another thread kept the same content a moment ago
+            with self.size.admitting(copy):
+                try:
+                    copy.rename(final)
+                except OSError as error:
+                    if error.errno not in _TAKEN:
+                        raise  # else another thread kept the same content a moment ago
             sync_folder(self._root)
 
     def hold(self, digest: str) -> Hold:

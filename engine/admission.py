@@ -51,14 +51,20 @@ class Admission:
         }
         return [r for r in refs if self._residency.slot_of(r) is None and not self._residency.is_loading(r)]
 
-    def victims(self, num_starved: int) -> frozenset[AdapterRef]:
+    def victims(self, starved: Collection[AdapterRef]) -> frozenset[AdapterRef]:
         """Adapters that get no new sequences until a starved one has their slot: those with the fewest running.
+
+        One for each, and more where their bytes are not enough for one of large rank.
 
         One that nobody has used since it came is spared: else two starved adapters could chase each other out of a slot
         for ever, and neither would run.
         """
-        if num_starved == 0:
+        if not starved:
             return frozenset()
         candidates = [r for r in self._residency.residents() if r.num_uses and not r.is_pinned]
         candidates.sort(key=lambda r: (r.num_holds, r.slot))
-        return frozenset(r.ref for r in candidates[:num_starved])
+        refs = [r.ref for r in candidates]
+        count = len(starved)
+        while count < len(refs) and not all(self._residency.fits(ref, refs[:count]) for ref in starved):
+            count += 1
+        return frozenset(refs[:count])

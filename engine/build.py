@@ -11,6 +11,7 @@ from adapters.layer import attach
 from adapters.mover import Mover
 from adapters.registry import Registry
 from adapters.residency import Residency
+from adapters.room import Room
 from adapters.routing import RoutingSet
 from adapters.sites import SiteTable, discover_sites
 from adapters.slots import SlotBank
@@ -57,7 +58,7 @@ def build_engine(
     cache = KVCache(base.spec, num_blocks + num_probe_blocks, config.block_size, base.dtype, base.device)
     runner = Runner(base, routing, cache, vision_cache)
     probe = Probe(base, runner, vision_cache, num_blocks, config.block_size)
-    residency = Residency(config.num_slots)
+    residency = Residency(config.num_slots, Room(config.device_adapter_bytes))
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
     client = EngineClient(config, max_model_len, grammars, base.processor, plan)

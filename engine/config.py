@@ -49,6 +49,8 @@ class EngineConfig:
     max_waiting_tokens: int = 262_144
     max_image_patches_per_step: int = 16_384
     """Vision budget of one step; one larger image still goes alone."""
+    device_adapter_bytes: int | None = None
+    """Bytes of the slots' pages; None leaves them to ``num_slots`` and ``max_rank``."""
     host_adapter_bytes: int = 1 << 30
     """Bytes of adapter weights kept in host memory behind the slots."""
     vision_cache_bytes: int = 256 << 20

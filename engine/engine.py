@@ -228,7 +228,7 @@ class Engine:
 
     def _sleep_if_idle(self) -> None:
         self._board.beat()
-        if self._scheduler.running or not self.inbox.empty():
+        if self._scheduler.running or self._swaps.has_work or not self.inbox.empty():
             return
         is_pending = self._swaps.has_pending or bool(self._scheduler.waiting)
         try:

@@ -63,7 +63,8 @@ def plan_memory(
     weights = base.memory_by_part
     fixed = {
         **weights,
-        "adapter slots": bank_bytes(sites, config.num_slots, config.max_rank, slot_dtype.itemsize),
+        "adapter slots": config.device_adapter_bytes
+        or bank_bytes(sites, config.num_slots, config.max_rank, slot_dtype.itemsize),
         "image cache": config.vision_cache_bytes,
         "one step": step_bytes(config, base.spec, sites, base.dtype.itemsize),
         "probe": num_probe_blocks * block_bytes,

@@ -1,13 +1,14 @@
 """Probe: proof that a newly loaded adapter acts, and acts as when it was made, before any request is routed to it.
 
-The base and the adapter answer one fixed prompt in one small batch; the adapter must change the logits and keep them
-finite. If its package tells what the fixed prompts were answered when it was made, they are asked again, each alone,
-and compared. What a package says never adds a prompt: two are all there are.
+The base and the adapter answer one fixed prompt, each alone; the adapter must change the logits and keep them finite.
+If its package tells what the fixed prompts were answered when it was made, they are asked again, each alone, and
+compared. What a package says never adds a prompt: two are all there are.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -45,11 +46,10 @@ class Probe:
         self._text = next(prompt for prompt in self._prompts.values() if not prompt.images)
         self._picture = next(prompt for prompt in self._prompts.values() if prompt.images)
         self._base_answers: dict[ProbeQuestion, Tensor] = {}
-        num_blocks = probe_blocks(base, block_size) // 2
-        self._blocks = (
-            list(range(first_block, first_block + num_blocks)),
-            list(range(first_block + num_blocks, first_block + 2 * num_blocks)),
-        )
+        self._base_logits: dict[int, Tensor] = {}
+        """The base's, [T, V], by the prompt's identity, by passes of the adapters' shape: asked once, for the base does
+        not change. Some 25 MB each for a vocabulary of 150,000."""
+        self._blocks = list(range(first_block, first_block + probe_blocks(base, block_size)))
 
     def check(self, ref: AdapterRef, slot: int, proof: Proof | None = None) -> Replay | None:
         """What became of the package's own probes; None where it has none that are known here.
@@ -58,22 +58,41 @@ class Probe:
 
         Raises AdapterRejected (``non_finite``, ``no_effect``, ``probe_failed``, ``probe_mismatch``, ``bad_config``).
         """
-        self._check_effect(ref, slot)
-        return None if proof is None else self._replay(ref, slot, proof)
+        passes = self.passes(ref, slot, proof)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as end:
+                replay: Replay | None = end.value
+                return replay
 
-    def _check_effect(self, ref: AdapterRef, slot: int) -> None:
+    def passes(
+        self, ref: AdapterRef, slot: int, proof: Proof | None = None
+    ) -> Generator[None, None, Replay | None]:
+        """As ``check``, and stops after each pass through the model but the last: others may step in between."""
+        yield from self._check_effect(ref, slot)
+        if proof is None:
+            return None
+        yield
+        return (yield from self._replay(ref, slot, proof))
+
+    def _check_effect(self, ref: AdapterRef, slot: int) -> Generator[None, None, None]:
         prompt = self._picture if ref.vision_digest else self._text
-        chunks = (
-            self._chunk(prompt, BASE, BASE_SLOT, self._blocks[0], _EVERY_ROW),
-            self._chunk(prompt, ref, slot, self._blocks[1], _EVERY_ROW),
-        )
-        base_logits, logits = self._run(ref, chunks)
+        if id(prompt) not in self._base_logits:
+            self._base_logits[id(prompt)] = self._every_row(prompt, BASE, BASE_SLOT).clone()
+            yield
+        logits, base_logits = self._every_row(prompt, ref, slot), self._base_logits[id(prompt)]
         if not bool(torch.isfinite(logits).all()):
             raise AdapterRejected(RejectReason.NON_FINITE, f"adapter {ref} gives NaN or infinite logits")
         if not ref.is_composed and torch.equal(logits, base_logits):
             raise AdapterRejected(RejectReason.NO_EFFECT, f"adapter {ref} leaves the base's logits unchanged")
 
-    def _replay(self, ref: AdapterRef, slot: int, proof: Proof) -> Replay | None:
+    def _every_row(self, prompt: PromptInputs, ref: AdapterRef, slot: int) -> Tensor:
+        """[T, V]"""
+        (logits,) = self._run(ref, (self._chunk(prompt, ref, slot, self._blocks, _EVERY_ROW),))
+        return logits
+
+    def _replay(self, ref: AdapterRef, slot: int, proof: Proof) -> Generator[None, None, Replay | None]:
         _note_pixels(ref, proof.processor, self._base.processor)
         replay: Replay | None = None
         for question, prompt in self._prompts.items():
@@ -81,26 +100,25 @@ class Probe:
             if recorded is None:
                 continue
             check_ids(ref, recorded, prompt, proof.processor, self._base.processor)
+            if question not in self._base_answers:
+                self._base_answers[question] = self._answer(prompt, BASE, BASE_SLOT)
+                yield
             logits = self._answer(prompt, ref, slot)
-            one = compare(ref, recorded, logits, self._base_answer(question))
+            one = compare(ref, recorded, logits, self._base_answers[question])
             replay = one if replay is None else replay.joined(one)
+            yield
         return replay
-
-    def _base_answer(self, question: ProbeQuestion) -> Tensor:
-        """[V] on the CPU; the base does not change, so it is asked once."""
-        if question not in self._base_answers:
-            self._base_answers[question] = self._answer(self._prompts[question], BASE, BASE_SLOT)
-        return self._base_answers[question]
 
     def _answer(self, prompt: PromptInputs, ref: AdapterRef, slot: int) -> Tensor:
         """[V] float32 on the CPU: the last row's logits, as a request that is alone in its step gets them."""
-        (logits,) = self._run(ref, (self._chunk(prompt, ref, slot, self._blocks[0], _LAST_ROW),))
+        (logits,) = self._run(ref, (self._chunk(prompt, ref, slot, self._blocks, _LAST_ROW),))
         return logits[-1].cpu()
 
     def warm_up(self) -> None:
-        """The first pass through every kernel that a step uses, before anyone waits for it."""
-        chunks = (self._chunk(self._picture, BASE, BASE_SLOT, self._blocks[0], _EVERY_ROW),)
-        self._runner.run(StepPlan(chunks, _image_jobs(chunks)))
+        """The first pass through every kernel that a step uses, before anyone waits for it; its logits are kept."""
+        chunks = (self._chunk(self._picture, BASE, BASE_SLOT, self._blocks, _EVERY_ROW),)
+        (logits,) = self._runner.run(StepPlan(chunks, _image_jobs(chunks))).split()
+        self._base_logits[id(self._picture)] = logits.clone()
 
     def _run(self, ref: AdapterRef, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
         """[n, V] logits of each chunk."""
@@ -168,6 +186,6 @@ def _note_pixels(ref: AdapterRef, was: ProcessorFacts, processor: Processor) -> 
 
 
 def probe_blocks(base: BaseModel, block_size: int) -> int:
-    """KV blocks that the probe needs beside the requests': twice its longest prompt."""
+    """KV blocks that the probe needs beside the requests': its longest prompt's."""
     num_tokens = max(len(prompt.ids) for prompt in probe_prompts(base.processor))
-    return 2 * -(-num_tokens // block_size)
+    return -(-num_tokens // block_size)

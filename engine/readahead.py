@@ -1,7 +1,8 @@
 """ReadAhead: adapters that wanted sequences wait for are read and checked before a slot is free for them.
 
-Owns which of the wanted ones have been read ahead, each once for as long as it is wanted. So somebody leaves a slot
-only for an adapter that is ready to come: one that is broken, or cannot be staged, fails and costs nobody a slot.
+Owns which of the wanted ones have been read ahead, each once for as long as it is wanted, and where on the device they
+will lie. So somebody leaves a slot only for an adapter that is ready to come: one that is broken, cannot be staged or
+has no room fails, and costs nobody a slot.
 
 Place in a request's way: step 5, before the residency plans.
 """
@@ -14,6 +15,7 @@ from adapters.errors import AdapterError
 from adapters.mover import Mover
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
+from adapters.room import Footprint
 
 
 class ReadAhead:
@@ -23,14 +25,16 @@ class ReadAhead:
         self._residency = residency
         self._mover = mover
         self._begun: set[AdapterRef] = set()
-        self._ended: set[AdapterRef] = set()
+        self._ended: dict[AdapterRef, Footprint] = {}
         """Read: now on the host, or too large to be kept there; then the load reads it again."""
 
-    def unready(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
-        """Those of the wanted ``refs`` for which nobody should leave yet. What is no longer wanted is forgotten."""
+    def ready(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Footprint]:
+        """Those of the wanted ``refs`` that can come at once, and where they will lie; for the others nobody should
+        leave yet. What is no longer wanted is forgotten."""
         self._begun.intersection_update(refs)
-        self._ended.intersection_update(refs)
-        return [ref for ref in refs if ref not in self._ended and not self._mover.is_on_host(ref)]
+        self._ended = {ref: self._ended[ref] for ref in refs if ref in self._ended}
+        on_host = {ref: self._mover.footprint(ref) for ref in refs if ref not in self._ended}
+        return self._ended | {ref: footprint for ref, footprint in on_host.items() if footprint is not None}
 
     def begin(self, refs: Sequence[AdapterRef]) -> None:
         """Read those that found no slot, most urgent first, as many at a time as the mover takes."""
@@ -44,10 +48,10 @@ class ReadAhead:
     def settle(self) -> list[tuple[AdapterRef, AdapterError]]:
         """Take in what ended; the adapters that could not be read and that no load under way will tell of."""
         failures = []
-        for ref, error in self._mover.take_prefetched().items():
-            if error is None:
-                self._ended |= {ref} & self._begun
+        for ref, outcome in self._mover.take_prefetched().items():
+            if not isinstance(outcome, AdapterError):
+                self._ended |= {ref: outcome} if ref in self._begun else {}
             elif not self._residency.has_seat(ref):
                 self._begun.discard(ref)
-                failures.append((ref, error))
+                failures.append((ref, outcome))
         return failures

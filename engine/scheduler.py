@@ -94,7 +94,7 @@ class Scheduler:
         """Adapters of waiting sequences, most urgent first; at most twice the slots, the rest is not near enough."""
         waiting = foreground(self.waiting)
         starved = self._admission.starved(waiting, now)
-        victims = self._admission.victims(len(starved))
+        victims = self._admission.victims(starved)
         refs = dict.fromkeys(starved)
         for sequence in waiting:
             if len(refs) >= 2 * self._config.num_slots:
@@ -137,7 +137,7 @@ class Scheduler:
 
     def _admit(self, budget: StepBudget, now: float) -> list[Chunk]:
         starved = self._admission.starved(foreground(self.waiting), now)
-        blocked = self._admission.victims(len(starved)) | self.draining
+        blocked = self._admission.victims(starved) | self.draining
         chunks: list[Chunk] = []
         for sequence in in_turn(self.waiting, self.running, now, self._config.starvation_s):
             if budget.num_tokens <= 0 or len(self.running) >= self._config.max_running:

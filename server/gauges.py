@@ -32,11 +32,13 @@ class StatusCollector(Collector):
         labels: AdapterLabels,
         status: Callable[[], EngineStatus],
         is_ready: Callable[[], bool],
+        store_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._facts = facts
         self._labels = labels
         self._status = status
         self._is_ready = is_ready
+        self._store_bytes = store_bytes
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
@@ -45,7 +47,7 @@ class StatusCollector(Collector):
         )
         yield self._by_adapter("lorikeet_requests_waiting", "Sequences in the queue.", status.waiting)
         yield _slots(status)
-        yield _bytes(status)
+        yield _bytes(status, self._store_bytes())
         yield self._info()
         yield _gauge("lorikeet_kv_cache_usage_ratio", "Used part of the KV blocks.", _kv_usage(status))
         yield _gauge("lorikeet_ready", "1 when the server takes requests.", float(self._is_ready()))
@@ -134,8 +136,9 @@ def _slots(status: EngineStatus) -> Metric:
     return family
 
 
-def _bytes(status: EngineStatus) -> Metric:
-    family = GaugeMetricFamily("lorikeet_adapter_bytes", "Memory of adapters by tier.", labels=["tier"])
+def _bytes(status: EngineStatus, store_bytes: int) -> Metric:
+    family = GaugeMetricFamily("lorikeet_adapter_bytes", "Bytes of adapters by tier.", labels=["tier"])
     family.add_metric(["device"], status.slot_bank_bytes)
     family.add_metric(["host"], status.host_bytes)
+    family.add_metric(["disk"], store_bytes)
     return family

@@ -57,10 +57,11 @@ class Metrics:
         block_size: int,
         status: Callable[[], EngineStatus],
         is_ready: Callable[[], bool],
+        store_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Serve the gauges of an engine; called once, when it is built."""
+        """Serve the gauges of an engine and its store; called once, when it is built."""
         facts = EngineFacts(self._model_name, num_slots, block_size)
-        self._registry.register(StatusCollector(facts, self.labels, status, is_ready))
+        self._registry.register(StatusCollector(facts, self.labels, status, is_ready, store_bytes))
 
     def render(self) -> bytes:
         """The text exposition, format 0.0.4."""
@@ -75,6 +76,10 @@ class Metrics:
         """One answered request; ``route`` is the route's template, None where no route matched."""
         known = method if method in _METHODS else "OTHER"
         self._instruments.http_requests.labels(route or UNMATCHED, known, str(status)).inc()
+
+    def count_deleted(self) -> None:
+        """A package that nothing means has left the store. From any thread."""
+        self._instruments.adapter_evictions.labels("disk", "unreferenced").inc()
 
     def _drop(self, label: str) -> None:
         self._tokens.pop(label, None)

@@ -40,7 +40,7 @@ def remote_sources(settings: Settings, state_dir: Path) -> RemoteSources:
     max_bytes = int(settings.max_adapter_size)
     prefixes = [ObjectAddress.parse(prefix) for prefix in settings.object_prefixes]
     try:
-        stores = ObjectStoreSource(prefixes, max_bytes) if prefixes else None
+        stores = ObjectStoreSource(prefixes, max_bytes, options=settings.object_options) if prefixes else None
     except DriverMissing as error:
         raise PlaceError(f"object_prefixes: {error}") from error
     landing = Landing(state_dir / "fetches")

@@ -1,6 +1,9 @@
-"""What an operator may write for ``object_prefixes``: the schemes that exist, and addresses in plain parts."""
+"""What an operator may write of object stores: prefixes in plain parts, and drivers' options by scheme."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
 
 from adapters.errors import SourceRejected
 from adapters.sources.object_store import DRIVERS, ObjectAddress
@@ -21,3 +24,29 @@ def _prefix(text: str) -> ObjectAddress:
         raise ValueError(
             f"a prefix is a plain URL of {schemes}, without user, query, wildcards or '..'"
         ) from error
+
+
+Options = dict[str, dict[str, str | int | bool]]
+
+
+def read_options(value: object) -> object:
+    """JSON from a flag or the environment; a table from a file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError('options are JSON by scheme, such as {"az": {"account_name": "models"}}') from error
+
+
+def require_options(options: Options) -> Options:
+    """Raises ValueError for a scheme that no driver reads."""
+    unknown = sorted(options.keys() - DRIVERS.keys())
+    if unknown:
+        raise ValueError(f"options are by scheme ({', '.join(DRIVERS)}), not {unknown[0][:32]!a}")
+    return options
+
+
+def show_options(options: Mapping[str, Mapping[str, object]]) -> str:
+    """Which are given; never their values, which may be secrets."""
+    return ", ".join(f"{scheme}: {' '.join(given)}" for scheme, given in options.items()) or "none"

@@ -148,6 +148,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     from server.uploads import Uploads
 
     limits = Limits(max_rank=settings.max_rank, max_package_bytes=int(settings.max_adapter_size))
+    metrics = Metrics(base.spec.name)
     sites, names = discover_sites(base.module), _base_names(settings, base.spec.name)
     try:
         registry = Registry(
@@ -157,6 +158,8 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
             names,
             base_fingerprint=base.spec.fingerprint,
             read_defaults=package_defaults,
+            max_store_bytes=None if settings.adapter_store_size is None else int(settings.adapter_store_size),
+            on_deleted=metrics.count_deleted,
         )
     except (AdapterError, OSError) as error:
         raise StartError(f"cannot open the registry in {state_dir}: {error}") from error
@@ -164,7 +167,6 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     uploads.clear_orphans()
     source = LocalSource(roots)
     report = register_roots(source, registry, state_dir)
-    metrics = Metrics(base.spec.name)
     config = settings.engine_config()
     try:
         engine = build_engine(base, registry, config, metrics)
@@ -188,7 +190,13 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         remotes=remotes,
         max_model_len=engine.max_model_len,
     )
-    metrics.watch(config.num_slots, config.block_size, engine.status, lambda: not unready_reasons(state))
+    metrics.watch(
+        config.num_slots,
+        config.block_size,
+        engine.status,
+        lambda: not unready_reasons(state),
+        lambda: registry.store_bytes,
+    )
     try:
         yield state, _page(state, base, engine.memory, report, None if does_last else state_dir)
     finally:

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from server.keys import hash_key
 from server.memory_text import parse_budget
-from server.prefixes import require_prefixes
+from server.prefixes import Options, read_options, require_options, require_prefixes, show_options
 
 if TYPE_CHECKING:
     from base.config import BaseConfig
@@ -47,6 +47,7 @@ Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Prefixes = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(require_prefixes)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
+ObjectOptions = Annotated[Options, NoDecode, BeforeValidator(read_options), AfterValidator(require_options)]
 HashedKey = Annotated[str, BeforeValidator(_hash)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -91,7 +92,11 @@ class Settings(BaseSettings):
     num_slots: Count = _set(8, "adapters", "How many are on the device at once; a rank in use takes room for all.")
     max_rank: Annotated[int, Field(ge=1, le=1024)] = _set(64, "rank", "Most published adapters are at or below it.")
     max_adapter_size: ByteSize = _set(2048 * MIB, "bytes", "A package over it is refused before it is read.")
+    device_adapter_memory: Annotated[ByteSize, Field(ge=1)] | None = _set(
+        None, "bytes", "Of the slots' pages together; none leaves it to num_slots and max_rank.")
     host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")
+    adapter_store_size: Annotated[ByteSize, Field(ge=1)] | None = _set(
+        None, "bytes", "Of all registered packages; beyond it registering is 507. None leaves it to the disk.")
     load_on_demand: bool = _set(True, "yes or no", "Whether a request may bring its adapter to the device.")
     unload_timeout_s: Seconds = _set(30.0, "seconds", "An unload waits so long for the adapter's requests to end.")
 
@@ -103,6 +108,8 @@ class Settings(BaseSettings):
     hub_endpoint: str | None = _set(None, "URL", "A mirror of the hub; none is what HF_ENDPOINT says, or the hub.")
     object_prefixes: Prefixes = _set((), "URLs, comma between", "Below which packages may be registered: "
                                      "s3://bucket/folder, gs://..., az://...; none switches object stores off.")
+    object_options: ObjectOptions = _set(
+        {}, "JSON by scheme", "What a store's driver is opened with, by its own names; none is its own configuration.")
     fetch_timeout_s: Seconds = _set(300.0, "seconds", "A package that has not come by then is given up.")
 
     # ---- the engine's budgets
@@ -209,6 +216,8 @@ class Settings(BaseSettings):
         value: object = getattr(self, name)
         if name in ("api_key", "hub_token"):
             return "set" if value else "none"
+        if isinstance(value, dict):
+            return show_options(value)
         if isinstance(value, ByteSize):
             return value.human_readable(separator=" ")
         if isinstance(value, tuple):
@@ -245,6 +254,9 @@ class Settings(BaseSettings):
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             max_image_patches_per_step=self.max_image_patches,
+            device_adapter_bytes=None
+            if self.device_adapter_memory is None
+            else int(self.device_adapter_memory),
             host_adapter_bytes=int(self.host_adapter_memory),
             vision_cache_bytes=int(self.vision_cache_memory),
             load_on_demand=self.load_on_demand,

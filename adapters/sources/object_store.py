@@ -1,8 +1,9 @@
 """ObjectStoreSource: packages in buckets, by ``s3://``, ``gs://`` or ``az://``, through fsspec's drivers.
 
 Owns the address and the allowed prefixes, which are compared part by part after both were brought to one form. The
-drivers take their credentials from the server's own configuration (environment, instance role, the cloud's files); an
-address cannot bring any. Four files are taken, by name: nothing that lies beside them is read.
+drivers take their credentials from the server's own configuration (its options, the environment, an instance role, the
+cloud's files); an address cannot bring any. A bucket is what Azure calls a container; its account is an option. Four
+files are taken, by name: nothing that lies beside them is read.
 
 Foreign errors are translated here. Place in a request's way: none; it brings what later requests name.
 """
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 DRIVERS: Mapping[str, str] = MappingProxyType({"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"})
 """By scheme, the package that reads it; the extra of ours that installs it is named like the scheme."""
+DriverOptions = Mapping[str, str | int | bool]
+"""What a driver is opened with, by its own names: ``account_name`` of adlfs, ``token`` of gcsfs, ``endpoint_url``."""
+NO_OPTIONS: Mapping[str, DriverOptions] = MappingProxyType({})
 READ_AHEAD_BYTES = 8 << 20
 MAX_ADDRESS_CHARS = 1024
 
@@ -82,11 +86,14 @@ class ObjectStoreSource:
         prefixes: Sequence[ObjectAddress],
         max_bytes: int,
         open_file_system: OpenFileSystem | None = None,
+        options: Mapping[str, DriverOptions] = NO_OPTIONS,
     ) -> None:
-        """Raises DriverMissing if a prefix's scheme has no driver here."""
+        """``options`` are the operator's, by scheme. Raises DriverMissing if a prefix's scheme has no driver here."""
         self._prefixes = tuple(prefixes)
         self._max_bytes = max_bytes
-        self._open_file_system = open_file_system or open_driver
+        self._open_file_system = open_file_system or (
+            lambda scheme: open_driver(scheme, options.get(scheme, {}))
+        )
         if open_file_system is None:
             for prefix in prefixes:
                 check_driver(prefix.scheme)
@@ -157,12 +164,11 @@ def check_driver(scheme: str) -> None:
         )
 
 
-def open_driver(scheme: str) -> AbstractFileSystem:
-    """The scheme's file system, with its own configuration and nothing remembered from before."""
+def open_driver(scheme: str, options: DriverOptions) -> AbstractFileSystem:
+    """The scheme's file system, by the operator's options or else its own configuration; nothing is remembered."""
     import fsspec
 
-    options: dict[str, object] = {"skip_instance_cache": True, "use_listings_cache": False}
-    return fsspec.filesystem(scheme, **options)
+    return fsspec.filesystem(scheme, **{**options, "skip_instance_cache": True, "use_listings_cache": False})
 
 
 @contextmanager

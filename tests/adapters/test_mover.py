@@ -11,8 +11,9 @@ import torch
 from adapters.errors import AdapterError, AdapterRejected, InsufficientMemory, RejectReason
 from adapters.host_tier import HostTier
 from adapters.mover import Mover
+from adapters.moves import Evict, Load, Moved, MoveFailed, Tier
 from adapters.ref import AdapterRef
-from adapters.residency import Evict, Load, Moved, MoveFailed, Residency, Tier
+from adapters.residency import Residency
 from adapters.sites import Site
 from adapters.slots import SlotBank
 from adapters.weights import AdapterWeights

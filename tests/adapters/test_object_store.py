@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from adapters.errors import AdapterRejected, DriverMissing, FetchFailed, RejectReason, SourceRejected
 from adapters.sources.arrival import Deadline
@@ -198,3 +199,92 @@ def test_a_missing_driver_names_the_extra_that_installs_it(
         ObjectStoreSource([ObjectAddress.parse(f"{scheme}://bucket")], 1)
     with pytest.raises(SourceRejected):
         check_driver("ftp")
+
+
+# ---- gs:// and az:// through fsspec's own registry -------------------------------------------------------------
+
+
+class Driver(MemoryFileSystem):  # type: ignore[misc]
+    """In the place of gcsfs and adlfs: a store in memory that keeps what it was opened with."""
+
+    store: dict[str, Any] = {}
+    pseudo_dirs: list[str] = [""]
+    opened_with: list[dict[str, object]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.opened_with.append(options)
+        super().__init__(*args, **options)
+
+
+@pytest.fixture(params=["gs", "az"])
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    scheme = str(request.param)
+    monkeypatch.setitem(_registry, scheme, Driver)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    yield scheme
+    for kept in (Driver.store, Driver.opened_with):
+        kept.clear()
+    Driver.pseudo_dirs[:] = [""]
+
+
+def driven(scheme: str, **options: str | int | bool) -> ObjectStoreSource:
+    """As a server makes it, with nothing in the driver's place but fsspec's registry."""
+    prefix = ObjectAddress.parse(f"{scheme}://models/adapters")
+    return ObjectStoreSource([prefix], 1 << 20, options={scheme: options} if options else {})
+
+
+def test_the_other_clouds_packages_come_through_their_scheme_s_driver(scheme: str, tmp_path: Path) -> None:
+    put(Driver(), "models/adapters/invoices", FILES | {"run.py": b"x"})
+    source = f"{scheme}://models/adapters/invoices"
+    assert fetch(driven(scheme), source, tmp_path) == source
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_driver_gets_the_operator_s_options_and_none_of_a_client_s(scheme: str, tmp_path: Path) -> None:
+    put(Driver(), "models/adapters/invoices", FILES)
+    Driver.opened_with.clear()
+    fetch(driven(scheme, account_name="ours", use_ssl=True), f"{scheme}://models/adapters/invoices", tmp_path)
+    (options,) = Driver.opened_with
+    assert options == {"account_name": "ours", "use_ssl": True, "use_listings_cache": False}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "models/other/invoices",  # beside the prefix
+        "models/adapters-2/invoices",  # a longer name than the prefix's last part
+        "other/adapters/invoices",  # another bucket or container
+        "models/adapters/../secrets",
+        "models@account.dfs.core.windows.net/adapters/invoices",  # Azure's account in the address
+        "account:key@models/adapters/invoices",
+        "models/adapters/*",
+        "models/adapters/x?versionId=1",
+        "models/adapters/x#123",  # a generation of Google's
+        "models/adapters/x%2f..",
+    ],
+)
+def test_the_other_clouds_addresses_lead_below_their_prefix_only(scheme: str, rest: str) -> None:
+    with pytest.raises(SourceRejected):
+        driven(scheme).parse(f"{scheme}://{rest}")
+    assert Driver.opened_with == []
+
+
+def test_one_cloud_s_prefix_allows_nothing_of_another_s(scheme: str) -> None:
+    for other in {"s3", "gs", "az"} - {scheme}:
+        with pytest.raises(SourceRejected):
+            driven(scheme).parse(f"{other}://models/adapters/invoices")
+
+
+def test_nothing_at_an_address_and_a_driver_that_breaks_are_told_apart(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SourceRejected, match="nothing at that source"):
+        fetch(driven(scheme), f"{scheme}://models/adapters/nobody", tmp_path)
+
+    def refuse(self: object, path: str, **options: object) -> None:
+        raise ValueError("account_key=SECRET")
+
+    monkeypatch.setattr(Driver, "info", refuse)
+    with pytest.raises(FetchFailed, match=rf"{scheme}:// cannot be read \(ValueError\)") as caught:
+        fetch(driven(scheme), f"{scheme}://models/adapters/nobody", tmp_path)
+    assert "SECRET" not in str(caught.value)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.errors import AdapterBusy, AdapterError
+from adapters.moves import Evict, Load, Moved, MoveFailed
 from adapters.ref import BASE, AdapterRef
-from adapters.residency import Evict, Load, Moved, MoveFailed, Residency
+from adapters.residency import Residency
 from tests.support.lora import make_ref
 
 REFS = [make_ref(name) for name in "abcdefgh"] + [make_ref("a", 2)]
@@ -282,8 +283,8 @@ def test_nobody_leaves_for_one_that_is_not_ready_but_free_slots_are_for_all() ->
     residency = Residency(2)
     a, b, c, d = REFS[:4]
     bring(residency, a)
-    assert residency.plan([c], unready=[c]) == (Load(c, 1),), "a free slot"
+    assert residency.plan([c], ready={}) == (Load(c, 1),), "a free slot"
     residency.settle(Moved(Load(c, 1), 1, {}))
-    assert residency.plan([b, d], unready=[b, d]) == ()
-    assert residency.plan([b, d], unready=[b]) == (Evict(a, 0), Load(d, 0)), "others pass it"
+    assert residency.plan([b, d], ready={}) == ()
+    assert residency.plan([b, d], ready={d: frozenset()}) == (Evict(a, 0), Load(d, 0)), "others pass it"
     assert residency.has_seat(d) and not residency.has_seat(b)

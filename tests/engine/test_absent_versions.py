@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import cast
 
 from adapters.composition import compose
+from adapters.moves import Load, Moved
 from adapters.ref import BASE, AdapterRef
-from adapters.residency import Load, Moved, Residency
+from adapters.residency import Residency
 from engine.grammar import GrammarCompiler
 from engine.lifecycle import Lifecycle
 from engine.observer import SilentObserver

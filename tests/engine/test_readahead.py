@@ -15,6 +15,7 @@ from adapters.host_tier import HostTier
 from adapters.mover import Mover
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
+from adapters.room import Room
 from adapters.sites import Site
 from adapters.slots import SlotBank
 from adapters.weights import AdapterWeights
@@ -31,16 +32,18 @@ A, B, C, D, E = (make_ref(name) for name in "abcde")
 
 
 class NoProbe:
-    def check(self, *_: object) -> None:
-        return None
+    def passes(self, *_: object) -> Iterator[None]:
+        return iter(())
 
 
 class Desk:
     """Swaps over a small bank, stepped by the test; reads can be held up and made to fail."""
 
-    def __init__(self, num_slots: int = 2, host_bytes: int = 10 * ONE) -> None:
+    def __init__(
+        self, num_slots: int = 2, host_bytes: int = 10 * ONE, device_bytes: int | None = None
+    ) -> None:
         self.bank = SlotBank(SITES, num_slots, 64, torch.float32, CPU)
-        self.residency = Residency(num_slots)
+        self.residency = Residency(num_slots, Room(device_bytes))
         self.reads: list[str] = []
         self.ranks: dict[str, int] = {}
         self.failures: dict[str, BaseException] = {}
@@ -232,3 +235,88 @@ def test_a_scan_does_not_wash_out_what_is_in_steady_use(desks: list[Desk]) -> No
         tier.put(make_ref(f"new-{i}"), staged)
         tier.get(make_ref(f"new-{i}"))
     assert not any(ref in tier for ref in steady)
+
+
+# ---- the device's limit in bytes -------------------------------------------------------------------------------
+
+
+PAGE = 4 * ONE
+"""Bytes of rank 8's pages where there are four slots; rank 16's are twice as many."""
+
+
+def test_the_bank_never_takes_more_than_its_limit_whoever_comes(desks: list[Desk]) -> None:
+    desk = desk_of(desks, num_slots=4, device_bytes=2 * PAGE)
+    desk.ranks.update(b=16, d=16)
+    for ref in (A, B, C, D, E, A):
+        desk.bring(ref)
+        assert desk.bank.num_bytes <= 2 * PAGE
+    assert desk.residents() == {A, E}, "rank 8 and rank 16 have no room together"
+    assert desk.unload(A).freed_device_bytes == 0, "its pages are E's too"
+    assert desk.unload(E).freed_device_bytes == PAGE
+    assert desk.bank.num_bytes == 0
+
+
+def test_one_of_large_rank_waits_for_those_in_use_and_then_takes_their_room(desks: list[Desk]) -> None:
+    desk = desk_of(desks, num_slots=4, device_bytes=2 * PAGE)
+    desk.ranks["b"] = 16
+    desk.bring(A, C)
+    desk.residency.hold(A)
+    while desk.woken.acquire(blocking=False):
+        pass
+    desk.step(B)
+    assert desk.woken.acquire(timeout=TIMEOUT_S)
+    for _ in range(3):
+        assert desk.step(B) == []
+    assert desk.residents() == {A, C}, "it has been read; nobody has left for it"
+    desk.residency.release(A)
+    desk.until(B, resident=B)
+    assert desk.residents() == {B}
+
+
+@pytest.mark.parametrize("is_asked_by_an_admin", [True, False])
+def test_one_that_never_fits_fails_with_the_limit_and_evicts_nothing(
+    desks: list[Desk], is_asked_by_an_admin: bool
+) -> None:
+    desk = desk_of(desks, num_slots=4, device_bytes=2 * PAGE)
+    desk.ranks["b"] = 32
+    desk.bring(A, C)
+    replies: list[object] = []
+    wanted = () if is_asked_by_an_admin else (B,)
+    if is_asked_by_an_admin:
+        desk.swaps.request_load(LoadAdapter(B, False, replies.append), time.monotonic())
+    failures: list[tuple[AdapterRef, Exception]] = []
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not failures and time.monotonic() < deadline_s:
+        failures = desk.step(*wanted)
+        desk.woken.acquire(timeout=0.01)
+    ((ref, error),) = failures
+    assert ref == B and isinstance(error, InsufficientMemory)
+    assert f"{4 * PAGE} bytes" in str(error) and f"allows {2 * PAGE}" in str(error)
+    desk.swaps.send_answers()
+    assert replies == ([error] if is_asked_by_an_admin else [])
+    assert desk.residents() == {A, C}
+
+
+def test_beside_pinned_ones_that_leave_no_room_it_fails_until_one_is_unpinned(desks: list[Desk]) -> None:
+    desk = desk_of(desks, num_slots=4, device_bytes=2 * PAGE)
+    desk.ranks["b"] = 16
+    desk.bring(A)
+    desk.residency.pin(A)
+    failures: list[tuple[AdapterRef, Exception]] = []
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not failures and time.monotonic() < deadline_s:
+        failures = desk.step(B)
+        desk.woken.acquire(timeout=0.01)
+    assert "unpin" in str(failures[0][1])
+    desk.residency.unpin(A)
+    desk.step()  # what the last step has found is told
+    desk.until(B, resident=B)
+    assert desk.residents() == {B}
+
+
+def test_what_the_host_cannot_keep_has_its_bytes_counted_all_the_same(desks: list[Desk]) -> None:
+    desk = desk_of(desks, num_slots=4, host_bytes=ONE - 1, device_bytes=2 * PAGE)
+    desk.ranks["b"] = 16
+    desk.bring(A, B)
+    assert desk.residents() == {B}
+    assert desk.bank.num_bytes == 2 * PAGE

@@ -198,9 +198,9 @@ def test_a_package_cannot_make_the_server_ask_more_than_its_two_prompts(
 
     monkeypatch.setattr(Runner, "run", counted)
     assert load(rig, folder, "flood") is not None
-    longest = max(len(prompt.ids) for prompt in rig.engine._engine._swaps._probe._prompts.values())
+    longest = max(len(prompt.ids) for prompt in rig.engine._engine._swaps._proving._probe._prompts.values())
     assert len(rows) <= 3
-    assert max(rows) <= 2 * longest
+    assert max(rows) <= longest
 
 
 def test_probes_of_other_prompts_alone_prove_nothing_and_refuse_nothing(

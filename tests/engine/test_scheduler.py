@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from adapters.moves import Load, Moved
 from adapters.ref import AdapterRef
-from adapters.residency import Load, Moved, Residency
+from adapters.residency import Residency
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.scheduler import Scheduler

@@ -18,9 +18,11 @@ import pytest
 from adapters.errors import AdapterBusy, AdapterRejected, RejectReason
 from adapters.package import package_digest
 from adapters.ref import AdapterRef
+from adapters.store_size import package_bytes
 from engine.messages import LoadReport, UnloadReport
 from engine.status import EngineStatus, SlotStatus
 from server import admin, loading
+from tests.support.packages import make_package
 from tests.support.surface import Surface, client_of, make_surface
 
 FIELDS = {
@@ -110,6 +112,26 @@ def test_the_expected_digest_is_checked(client: httpx2.Client, surface: Surface)
     assert reply.status_code == 422
     assert reply.json()["error"]["reason"] == "digest_mismatch"
     assert add(client, "a", "p", sha256=package_digest(folder)).status_code == 201
+
+
+def test_beyond_the_stores_limit_registering_is_507_and_removing_makes_room(tmp_path: Path) -> None:
+    num_bytes = package_bytes(make_package(tmp_path / "sized"))
+    surface = make_surface(tmp_path, adapter_store_size=2 * num_bytes + 10)
+    with client_of(surface) as client:
+        for number, name in enumerate("abc"):
+            surface.package(name, seed=number)
+            reply = client.post("/v1/adapters", json={"name": name, "source": name})
+        assert reply.status_code == 507
+        error = reply.json()["error"]
+        assert error["code"] == "insufficient_storage"
+        assert f"adapter_store_size allows {2 * num_bytes + 10}" in error["message"]
+        assert [each["name"] for each in client.get("/v1/adapters").json()["data"]] == ["a", "b"]
+        client.delete("/v1/adapters/a").raise_for_status()
+        client.post("/v1/adapters", json={"name": "c", "source": "c"}).raise_for_status()
+        surface.registry.refresh()
+        metrics = client.get("/metrics").text
+    assert f'lorikeet_adapter_bytes{{tier="disk"}} {float(surface.registry.store_bytes)}' in metrics
+    assert 'lorikeet_adapter_evictions_total{reason="unreferenced",tier="disk"} 1.0' in metrics
 
 
 def test_pinning_at_registration(client: httpx2.Client, surface: Surface) -> None:

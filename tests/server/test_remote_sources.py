@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx2
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from adapters.errors import SourceRejected
 from adapters.package import package_digest
 from adapters.sources.hub import HubSource
 from adapters.sources.landing import Landing
-from adapters.sources.object_store import ObjectAddress, ObjectStoreSource
+from adapters.sources.object_store import DriverOptions, ObjectAddress, ObjectStoreSource
 from adapters.sources.remote import RemoteSources
 from server import places
 from server.places import PlaceError, remote_sources
 from server.settings import Settings
+from server.sources import SettingsError, resolve
 from tests.support.hub import COMMIT, Hub, serving_hub
 from tests.support.surface import Surface, client_of, make_surface
 
@@ -178,3 +181,36 @@ def test_the_token_is_never_shown() -> None:
     settings = Settings(hub_token="hf_secret")  # type: ignore[arg-type]
     assert "hf_secret" not in repr(settings) + str(settings.rows())
     assert ("hub_token", "set", "default") in settings.rows()
+
+
+def test_drivers_options_come_from_settings_and_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def open_driver(scheme: str, options: DriverOptions) -> object:
+        given.append((scheme, dict(options)))
+        return fsspec.filesystem("memory")
+
+    monkeypatch.setattr("adapters.sources.object_store.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("adapters.sources.object_store.open_driver", open_driver)
+    environ = {
+        "LORIKEET_OBJECT_PREFIXES": "az://models",
+        "LORIKEET_OBJECT_OPTIONS": '{"az": {"account_name": "ours", "account_key": "SECRET"}}',
+    }
+    settings = resolve({}, environ=environ)
+    assert "SECRET" not in str(settings.rows())
+    assert (
+        "object_options",
+        "az: account_name account_key",
+        "environment LORIKEET_OBJECT_OPTIONS",
+    ) in settings.rows()
+    with pytest.raises(SourceRejected), remote_sources(settings, tmp_path).fetched("az://models/nobody"):
+        pass
+    assert given == [("az", {"account_name": "ours", "account_key": "SECRET"})]
+
+
+@pytest.mark.parametrize("options", ['{"ftp": {}}', "az", '{"az": {"account_name": [1]}}', "[]"])
+def test_options_that_no_driver_takes_are_an_error(options: str) -> None:
+    with pytest.raises(SettingsError, match="object_options"):
+        resolve({"object_options": options}, environ={})

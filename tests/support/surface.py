@@ -66,9 +66,9 @@ def make_surface(
     root = folder / "root"
     root.mkdir(exist_ok=True)
     config = Settings(**settings)  # type: ignore[arg-type]
-    registry = registry or _open_registry(folder / "state")
-    engine = FakeEngineClient()
     metrics = Metrics(BASE_NAME)
+    registry = registry or _open_registry(folder / "state", config, metrics)
+    engine = FakeEngineClient()
     state = ServerState(
         settings=config,
         registry=registry,
@@ -82,14 +82,22 @@ def make_surface(
         uploads=Uploads(folder / "uploads", int(config.max_adapter_size)),
         max_model_len=engine.max_model_len,
     )
-    metrics.watch(8, 16, engine.status, lambda: not unready_reasons(state))
+    metrics.watch(8, 16, engine.status, lambda: not unready_reasons(state), lambda: registry.store_bytes)
     return Surface(state, engine, registry, root, create_app(state))
 
 
-def _open_registry(folder: Path) -> Registry:
+def _open_registry(folder: Path, settings: Settings, metrics: Metrics) -> Registry:
     from tests.support.packages import tiny_sites
 
-    return Registry(folder, tiny_sites(), Limits(), [BASE_NAME], read_defaults=package_defaults)
+    return Registry(
+        folder,
+        tiny_sites(),
+        Limits(),
+        [BASE_NAME],
+        read_defaults=package_defaults,
+        max_store_bytes=settings.adapter_store_size,
+        on_deleted=metrics.count_deleted,
+    )
 
 
 @contextmanager
