@@ -1,83 +1,36 @@
-"""Adapters as living things, measured: ``python -m bench.adapters_living [--only storm,tiers,crowd,registry,cycles]``.
+"""Adapters as living things, measured: ``python -m bench.adapters_living [--only promotes,storm,tiers,...]``.
 
 Starts servers of the embedded base as processes of their own and speaks HTTP to them. The figures:
+promotes  1,000 promotes beside 16 streams: failures, and texts that are not one version's
 storm     a cold adapter loads each second beside 8 streams: the 99th percentile of token gaps, against quiet
 tiers     requests over four times as many adapters as slots, against requests over as many as slots
 crowd     the throughput of a hot set with 1,000 adapters registered, against the hot set alone
 registry  10,000 registered: memory, the time of /v1/models, and of a start
 cycles    1,000 loads and unloads: memory, and the bytes that were reported against those that the gauges fell by
+broken    30 kinds of broken adapter registered beside 8 streams: refusals, how soon, and the streams' texts
 
-Writes bench/results/adapters-living-*.json and ends in one JSON line.
+Each figure's line says what it must be and whether it is; the exit status is 1 if one is not. Writes
+bench/results/adapters-living-*.json and ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from bench.living_packages import Variants
+import bench.promotes
+from bench.living_broken import broken
+from bench.living_checks import Cell, Check, checks_of, with_checks
+from bench.living_packages import SAMPLE, Variants
 from bench.living_rig import NUM_SLOTS, Rig, rig_of, throughput
+from bench.living_storm import storm
 from bench.provenance import provenance
 from bench.results import last_line, make_result, save
-
-SAMPLE = Path(__file__).resolve().parent.parent / "adapters" / "samples" / "french"
-Cell = dict[str, object]
-
-
-# ---- the figures -----------------------------------------------------------------------------------------------
-
-
-async def gaps_beside(rig: Rig, seconds: float, cold: Sequence[str]) -> tuple[list[float], int]:
-    """Gaps between tokens of 8 streams for so long, while one of ``cold`` loads each second."""
-    names, end_s = [f"hot-{i}" for i in range(4)], time.monotonic() + seconds
-    gaps: list[float] = []
-
-    async def keep(name: str) -> None:
-        while time.monotonic() < end_s:
-            moments = await rig.stream(name, 64)
-            gaps.extend(b - a for a, b in itertools.pairwise(moments))
-
-    async def storm() -> int:
-        for count, name in enumerate(cold):
-            if time.monotonic() >= end_s:
-                return count
-            begin_s = time.monotonic()
-            (await rig.client.post(f"/v1/adapters/{name}/load")).raise_for_status()
-            await asyncio.sleep(max(0.0, begin_s + 1 - time.monotonic()))
-        return len(cold)
-
-    results = await asyncio.gather(storm(), *(keep(name) for name in (*names, *names)))
-    return gaps, int(results[0] or 0)
-
-
-async def storm(folder: Path) -> Cell:
-    seconds, variants = 20.0, Variants(SAMPLE)
-    async with rig_of(folder) as rig:
-        for i in range(4):
-            await rig.register(f"hot-{i}", variants, i)
-        for i in range(int(seconds)):
-            await rig.register(f"cold-{i}", variants, 100 + i)
-        await gaps_beside(rig, 3, [])
-        quiet, _ = await gaps_beside(rig, seconds, [])
-        stormy, num_loads = await gaps_beside(rig, seconds, [f"cold-{i}" for i in range(int(seconds))])
-        after, _ = await gaps_beside(rig, seconds, [])
-    base = statistics.median([p99(quiet), p99(after)])
-    return {
-        "figure": "storm", "num_loads": num_loads, "package_bytes": variants.num_bytes,
-        "quiet_p99_ms": 1000 * p99(quiet), "quiet_after_p99_ms": 1000 * p99(after),
-        "storm_p99_ms": 1000 * p99(stormy), "ratio": p99(stormy) / base, "target": 1.5,
-        "quiet_median_ms": 1000 * statistics.median(quiet), "storm_median_ms": 1000 * statistics.median(stormy),
-    }  # fmt: skip
-
-
-def p99(values: Sequence[float]) -> float:
-    return sorted(values)[int(0.99 * len(values))]
 
 
 async def tiers(folder: Path) -> Cell:
@@ -91,8 +44,19 @@ async def tiers(folder: Path) -> Cell:
         wide = await throughput(rig, names, 128)
         again = await throughput(rig, names[:NUM_SLOTS], 128)
     best = max(resident, again)
-    return {"figure": "tiers", "num_slots": NUM_SLOTS, "num_adapters": len(names), "resident_tok_s": resident,
-            "resident_again_tok_s": again, "wide_tok_s": wide, "ratio": wide / best, "target": 0.5}  # fmt: skip
+    cell: Cell = {"figure": "tiers", "num_slots": NUM_SLOTS, "num_adapters": len(names), "resident_tok_s": resident,
+            "resident_again_tok_s": again, "wide_tok_s": wide, "ratio": wide / best}  # fmt: skip
+    return with_checks(
+        cell,
+        [
+            Check(
+                "throughput of four times the slots, times a resident set's",
+                wide / best,
+                0.5,
+                is_at_least=True,
+            )
+        ],
+    )
 
 
 async def crowd(folder: Path, num_registered: int = 1000) -> Cell:
@@ -107,8 +71,11 @@ async def crowd(folder: Path, num_registered: int = 1000) -> Cell:
             await rig.register(f"cold-{i}", small, i)
         many = [await throughput(rig, hot, 128) for _ in range(3)]
     ratio = statistics.median(many) / statistics.median(few)
-    return {"figure": "crowd", "num_registered": num_registered, "few_tok_s": few, "many_tok_s": many,
-            "lost": 1 - ratio, "target": 0.05}  # fmt: skip
+    cell: Cell = {"figure": "crowd", "num_registered": num_registered, "few_tok_s": few, "many_tok_s": many,
+            "lost": 1 - ratio}  # fmt: skip
+    return with_checks(
+        cell, [Check(f"part of a hot set's throughput lost to {num_registered} registered", 1 - ratio, 0.05)]
+    )
 
 
 async def registry(folder: Path, num_registered: int) -> Cell:
@@ -125,15 +92,31 @@ async def registry(folder: Path, num_registered: int) -> Cell:
         after = rig.rss_bytes()
         listing = [await timed(rig, "/v1/models") for _ in range(5)]
         scrape = [await timed(rig, "/metrics") for _ in range(5)]
+        scrape_kib = len((await rig.client.get("/metrics")).content) / 1024
         chat = await throughput(rig, ["first"], 32)
     async with rig_of(folder) as rig:
         full_start_s, restarted = rig.start_s, rig.rss_bytes()
         num_listed = len((await rig.client.get("/v1/models")).json()["data"])
-    return {"figure": "registry", "num_registered": num_registered, "num_listed_after_restart": num_listed,
-            "register_ms": 1000 * register_s / (num_registered - 1), "added_mib": (after - before) / (1 << 20),
-            "models_ms": 1000 * statistics.median(listing), "metrics_ms": 1000 * statistics.median(scrape),
+    added_mib, more_s = (after - before) / (1 << 20), full_start_s - empty_start_s
+    models_ms, metrics_ms = 1000 * statistics.median(listing), 1000 * statistics.median(scrape)
+    cell: Cell = {"figure": "registry", "num_registered": num_registered, "num_listed_after_restart": num_listed,
+            "register_ms": 1000 * register_s / (num_registered - 1), "added_mib": added_mib,
+            "models_ms": models_ms, "metrics_ms": metrics_ms, "metrics_kib": scrape_kib,
             "empty_start_s": empty_start_s, "full_start_s": full_start_s, "rss_restarted_mib": restarted / (1 << 20),
-            "chat_tok_s": chat, "targets": {"added_mib": 100, "models_ms": 300, "start_s": 2}}  # fmt: skip
+            "chat_tok_s": chat}  # fmt: skip
+    return with_checks(
+        cell,
+        [
+            Check(f"MiB that {num_registered} registered add", added_mib, 100),
+            Check("ms of /v1/models", models_ms, 300),
+            Check("ms of /metrics", metrics_ms, 50),
+            Check("KiB of /metrics", scrape_kib, 512),
+            Check("s that a start takes longer than with none registered", more_s, 2),
+            Check(
+                "registered that are there after the restart", num_listed, num_registered, is_at_least=True
+            ),
+        ],
+    )
 
 
 async def timed(rig: Rig, path: str) -> float:
@@ -157,21 +140,60 @@ async def cycles(folder: Path, num_cycles: int = 1000) -> Cell:
             num_wrong += reported != [a - b for a, b in zip(held, left, strict=True)] or not all(reported)
         rss[1] = rig.rss_bytes()
         reload = await rig.stream("a", 4)
-    return {"figure": "cycles", "num_cycles": num_cycles, "num_wrong_reports": num_wrong, "rss_before": rss[0],
-            "rss_after": rss[1], "grown": rss[1] / rss[0] - 1, "target": 0.01, "reloads_by_request": bool(reload),
+    grown = rss[1] / rss[0] - 1
+    cell: Cell = {"figure": "cycles", "num_cycles": num_cycles, "num_wrong_reports": num_wrong, "rss_before": rss[0],
+            "rss_after": rss[1], "grown": grown, "reloads_by_request": bool(reload),
             "reported_bytes": reported}  # fmt: skip
+    return with_checks(
+        cell,
+        [
+            Check(f"memory grown by {num_cycles} loads and unloads", grown, 0.01),
+            Check("unloads that reported other bytes than the gauges fell by", num_wrong, 0),
+            Check("a later request loads it again", float(bool(reload)), 1, is_at_least=True),
+        ],
+    )
 
 
-FIGURES = ("storm", "tiers", "crowd", "registry", "cycles")
+async def promotes(folder: Path) -> Cell:
+    sources = (
+        "french",
+        "patterns",
+    )  # they answer otherwise, so that a mixed text cannot pass for one of them
+    async with rig_of(folder) as rig:
+        for source in sources:
+            Variants(SAMPLE.parent / source).write(rig.root / source, 0)
+        outcome = await bench.promotes.run(
+            str(rig.client.base_url), sources=sources, num_promotes=1000, num_streams=16
+        )
+    for failure in outcome.failures[:10]:
+        sys.stderr.write(f"{failure}\n")
+    cell: Cell = {"figure": "promotes", "num_streams": outcome.num_streams, "seconds": outcome.seconds,
+                  "by_version": outcome.by_version,
+                  "promote_p50_ms": statistics.median(outcome.promote_ms)}  # fmt: skip
+    return with_checks(
+        cell,
+        [
+            Check("promotes beside 16 streams", outcome.num_promotes, 1000, is_at_least=True),
+            Check("promotes and streams that failed", len(outcome.failures), 0),
+            Check("streams whose text is not one version's", outcome.num_mixed, 0),
+            Check("streams that were compared", outcome.num_streams, 500, is_at_least=True),
+        ],
+    )
+
+
+FIGURES = ("promotes", "storm", "tiers", "crowd", "registry", "cycles", "broken")
 
 
 async def measure(name: str, folder: Path, num_registered: int) -> Cell:
     if name == "registry":
         return await registry(folder, num_registered)
-    return await {"storm": storm, "tiers": tiers, "crowd": crowd, "cycles": cycles}[name](folder)
+    figures = {
+        "promotes": promotes, "storm": storm, "tiers": tiers, "crowd": crowd, "cycles": cycles, "broken": broken,
+    }  # fmt: skip
+    return await figures[name](folder)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,10 +204,13 @@ def main() -> None:
     for name in wanted.only.split(","):
         with tempfile.TemporaryDirectory(prefix="lorikeet-bench-") as folder:
             cells.append(asyncio.run(measure(name, Path(folder), wanted.registered)))
+        for check in checks_of(cells[-1]):
+            print(check.line(name), flush=True)  # noqa: T201
     result = make_result("adapters-living", origin, cells)
     save(result)
     print(last_line(result))  # noqa: T201  the one line that a run ends in
+    return 0 if all(check.is_met for cell in cells for check in checks_of(cell)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

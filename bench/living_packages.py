@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+SAMPLE = Path(__file__).resolve().parent.parent / "adapters" / "samples" / "french"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

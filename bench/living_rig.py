@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import time
@@ -50,11 +51,38 @@ class Rig:
                     moments.append(time.monotonic())
         return moments[1:]  # the first frame names the role
 
+    async def text(self, model: str, num_tokens: int) -> str:
+        """What a stream says. Raises ValueError for one that ends in an error."""
+        body = {
+            "model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": num_tokens,
+            "temperature": 0, "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        text = ""
+        async with self.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            reply.raise_for_status()
+            async for line in reply.aiter_lines():
+                if '"error"' in line:
+                    raise ValueError(f"{model}: {line[:300]}")
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+        return text
+
     async def tier_bytes(self) -> list[float]:
         """What the gauges say of the device and the host."""
         text = (await self.client.get("/metrics")).text
         found = dict(re.findall(r'^lorikeet_adapter_bytes\{tier="(\w+)"\} (\S+)$', text, re.MULTILINE))
         return [float(found["device"]), float(found["host"])]
+
+    async def mean_ms(self, metric: str, label: str) -> dict[str, float]:
+        """Mean of a histogram of seconds, by the values of one label, in milliseconds."""
+        text = (await self.client.get("/metrics")).text
+        pattern = rf'^{metric}_(sum|count)\{{{label}="(\w+)"\}} (\S+)$'
+        found = {(kind, value): float(n) for kind, value, n in re.findall(pattern, text, re.MULTILINE)}
+        return {
+            value: 1000 * total / found["count", value]
+            for (kind, value), total in found.items()
+            if kind == "sum" and found["count", value]
+        }
 
     def rss_bytes(self) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text("utf-8")

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from adapters.package import package_digest
-from bench.adapters_living import SAMPLE, p99
-from bench.living_packages import CONFIG, WEIGHTS, Variants
+from bench.living_packages import CONFIG, SAMPLE, WEIGHTS, Variants
+from bench.living_storm import p99
 
 
 @pytest.mark.parametrize("small", [False, True])
