@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -123,16 +125,26 @@ def teller(as_json: bool) -> Callable[[str], None]:
 
 @contextmanager
 def told() -> Iterator[Watch]:
-    """What can go wrong in a run, as one line and status 2; with a watch on who else was at work."""
+    """What can go wrong in a run, as one line and status 2; with a watch on who else was at work.
+
+    A SIGTERM ends the block like an exception: servers and workers are processes of their own, and must not be left.
+    """
     from bench.cells import NothingMeasured
     from bench.peers import PeerFailed
     from bench.provenance import Watch
     from bench.serving import ServerDied
 
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         yield Watch()
     except (NothingMeasured, PeerFailed, ServerDied, ValueError, KeyError, OSError) as error:
         refuse(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def refuse(why: str) -> None:

@@ -37,7 +37,7 @@ SIZES = {
         Lengths(32, 128), Lengths(32, 64), 2, 8, 48, 0.5, ((224, 224), (448, 336), (336, 448)), 512, 2000
     ),
     # The same shape, short enough that a claim's pairs are had in minutes.
-    "prove": Size(Lengths(8, 16), Lengths(8, 8), 1, 1, 8, 0.5, ((224, 224), (448, 336), (336, 448))),
+    "prove": Size(Lengths(8, 16), Lengths(8, 8), 1, 1, 8, 0.5, ((448, 336), (336, 448), (224, 224))),
     # The real shapes on a GPU.
     "full": Size(
         Lengths(64, 1024),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +111,29 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) 
         serve(command, f"http://127.0.0.1:{port}", tmp_path / "log"),
     ):
         pass
+
+
+def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from bench.options import told\n"
+        "from bench.serving import free_port, serve\n"
+        "folder = Path(sys.argv[1])\n"
+        "(folder / 'health').write_text('ok')\n"
+        "port = free_port()\n"
+        "command = (sys.executable, '-m', 'http.server', str(port), '--bind', '127.0.0.1', '-d', str(folder))\n"
+        "with told(), serve(command, f'http://127.0.0.1:{port}', folder / 'log', ready='/health') as served:\n"
+        "    print(served.pid, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        os.kill(pid, 0)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
