@@ -24,11 +24,14 @@ def claims_plot(cells: Sequence[Cell], device: str, paths: Sequence[Path]) -> bo
         middle, *ends = (_margin(claim, key) for key in ("measured", "lowest", "highest"))
         below, above = middle - min(ends), max(ends) - middle
         colour = MET if claim["is_met"] else MISSED
-        axes.barh(place, middle, 0.7, xerr=[[below], [above]], capsize=2, color=colour)
+        axes.barh(place, middle - 1, 0.7, left=1, xerr=[[below], [above]], capsize=2, color=colour)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(claims)), [f"{claim['item']}  {claim['name']}" for claim in claims], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_xlabel("times better than the target (1 is met)")
     save_sheet(sheet, axes_title=device, paths=paths)
     return True

@@ -19,8 +19,6 @@ from bench.proofs.peers import prove_peers
 from bench.proofs.sharing import prove_pictures, prove_prefix
 from bench.serving import ServerDied
 
-EXPECTED_PAIRS = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.claim_tables import claims_table, floors_table
-from bench.results import Cell, Result, label_of
+from bench.results import Cell, Result, claims_of, label_of
 from bench.table import Table
 
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -20,6 +20,9 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "rare_first_token_ms_p99": ("rare adapters' first token p99 ms", ".0f"),
     "goodput_share": ("goodput", ".0%"),
 }
+
+
+PAIRS_OF_A_CLAIM = 5
 
 
 class UnlikeDevices(ValueError):
@@ -74,6 +77,8 @@ def warnings(result: Result) -> tuple[str, ...]:
         found.append(f"Warning: {name} was taken on a busy machine: its figures are no claims")
     if result.provenance.get("is_dirty"):
         found.append(f"Warning: {name} was taken with uncommitted changes")
+    if any(int(str(claim["num_pairs"])) < PAIRS_OF_A_CLAIM for claim in claims_of(result.cells)):
+        found.append(f"Warning: {name} has fewer than {PAIRS_OF_A_CLAIM} pairs: its figures are no claims")
     return tuple(found)
 
 

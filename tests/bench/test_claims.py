@@ -64,6 +64,7 @@ def result() -> Result:
 
 def test_a_report_says_what_is_met_what_is_missed_and_what_could_not_be_measured() -> None:
     text = render([result()], is_markdown=True)
+    assert "fewer than 5 pairs" in text
     assert "| 1 | efficiency | at least 0.9 | 0.92 | 0.91 to 0.93 | 3 | yes |" in text
     assert "| 6 | worst gap | at most 2 | 3.1 | 2.9 to 3.5 | 3 | no |" in text
     assert "| 3 | for the record |  | 0.7 | 0.7 to 0.7 | 1 |  |" in text
