@@ -58,6 +58,12 @@ class Residency:
         self._seats: dict[AdapterRef, _Seat] = {}
         self._pins: set[AdapterRef] = set()
         self._clock = itertools.count(1)
+        self._revision = 0
+
+    @property
+    def revision(self) -> int:
+        """Another number whenever ``residents`` or ``loading`` may answer otherwise than before."""
+        return self._revision
 
     # ---- deciding ----------------------------------------------------------------------------------------------
 
@@ -89,6 +95,7 @@ class Residency:
                 break
             moves += [self._vacate(victim) for victim in victims]
             moves.append(self._seat(ref))
+        self._revision += bool(moves)
         return tuple(moves)
 
     def _victims(self, ref: AdapterRef, keep: Collection[AdapterRef]) -> list[AdapterRef] | None:
@@ -147,6 +154,7 @@ class Residency:
         seat = self._seats.get(result.move.ref)
         if seat is None or seat.is_resident or seat.slot != result.move.slot:
             raise ValueError(f"{result.move.ref} is not loading into slot {result.move.slot}")
+        self._revision += 1
         if isinstance(result, MoveFailed):
             self._vacate(result.move.ref)
             return
@@ -161,6 +169,7 @@ class Residency:
         seat = self._seats.get(ref)
         if seat is not None and (seat.num_holds or not seat.is_resident):
             raise AdapterBusy(ref.title, seat.num_holds)
+        self._revision += 1
         self._pins.discard(ref)
         return None if seat is None else self._vacate(ref)
 
@@ -169,6 +178,7 @@ class Residency:
     def hold(self, ref: AdapterRef) -> int:
         """Keep a resident adapter in its slot, which is returned, until as many ``release`` calls."""
         seat = self._resident_seat(ref)
+        self._revision += 1
         seat.num_holds += 1
         seat.num_uses += 1
         seat.last_used = next(self._clock)
@@ -178,6 +188,7 @@ class Residency:
         seat = self._resident_seat(ref)
         if seat.num_holds == 0:
             raise ValueError(f"{ref} is released more often than held")
+        self._revision += 1
         seat.num_holds -= 1
         seat.last_used = next(self._clock)
 
@@ -189,9 +200,11 @@ class Residency:
 
     def pin(self, ref: AdapterRef) -> None:
         """Never evict it. It may be pinned before it comes, and stays pinned until ``unpin`` or ``drop``."""
+        self._revision += 1
         self._pins.add(ref)
 
     def unpin(self, ref: AdapterRef) -> None:
+        self._revision += 1
         self._pins.discard(ref)
 
     # ---- asking ------------------------------------------------------------------------------------------------

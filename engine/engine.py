@@ -16,9 +16,10 @@ from collections.abc import Sequence as Seq
 
 from adapters.errors import AdapterError, AdapterNotLoaded
 from adapters.ref import AdapterRef
+from engine.clock import StepClock
 from engine.config import EngineConfig
 from engine.errors import AdapterUnavailable, DeadlineExceeded, Draining, EngineDown, EngineError, StepFailed
-from engine.executor import Executor, Outcome, PhaseClock
+from engine.executor import Executor, Outcome
 from engine.fairness import foreground
 from engine.lifecycle import Lifecycle
 from engine.messages import Abort, Failed, Inbound, LoadAdapter, Outbound, Stop, Submit, UnloadAdapter, Wake
@@ -69,18 +70,20 @@ class Engine:
 
     def step(self) -> None:
         """Everything that happens, in order."""
-        begin_s = time.monotonic()
+        clock = StepClock()
         self._receive()
+        clock.lap("receive")
         self._settle_adapters()
         self._start_moves()
+        clock.lap("adapters")
         plan = self._plan()
-        planned_s = time.monotonic()
-        clock = PhaseClock()
+        clock.lap("plan")
         outcomes = self._executor.execute(plan, clock)
-        executed_s = time.monotonic()
         self._commit(outcomes)
+        clock.lap("commit")
         self._send()
-        self._account(plan, clock, planned_s - begin_s, time.monotonic() - executed_s)
+        clock.lap("send")
+        self._account(plan, clock)
 
     def _receive(self) -> None:
         """Take all that is in the inbox, in order."""
@@ -174,20 +177,13 @@ class Engine:
         if messages:
             self._deliver(messages)
 
-    def _account(self, plan: StepPlan, clock: PhaseClock, plan_s: float, commit_s: float) -> None:
+    def _account(self, plan: StepPlan, clock: StepClock) -> None:
         if not plan.chunks:
             return
         self.num_steps += 1
         decodes = sum(chunk.is_decode for chunk in plan.chunks)
         refs = {c.sequence.adapter for c in plan.chunks if not c.sequence.adapter.is_base}
-        seconds = {
-            "plan": plan_s,
-            "encode": clock.encode_s,
-            "forward": clock.forward_s,
-            "sample": clock.sample_s,
-            "commit": commit_s,
-        }
-        self._observer.record(StepDone(seconds, decodes, plan.num_tokens - decodes, len(refs)))
+        self._observer.record(StepDone(clock.seconds, decodes, plan.num_tokens - decodes, len(refs)))
 
     # ---- ends --------------------------------------------------------------------------------------------------
 

@@ -10,17 +10,16 @@ otherwise, which is better than no answer.
 from __future__ import annotations
 
 import logging
-import time
 import traceback
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
+from engine.clock import StepClock
 from engine.errors import EngineError, NumericalError, OutOfMemory, StepFailed
 from engine.exhaustion import Ceiling, halves, is_out_of_memory
 from engine.messages import TokenLogprob
 from engine.observer import ImagesEncoded, Observer, StepRetried
-from engine.runner import Runner
+from engine.runner import Runner, StepLogits
 from engine.sampler import NumericalFailure, SampledToken, Sampler, score_prompt
 from engine.step import Chunk, StepPlan
 
@@ -38,15 +37,6 @@ class Outcome:
     error: EngineError | None = None
 
 
-@dataclass(slots=True)
-class PhaseClock:
-    """Seconds of one step's device work, summed over retries."""
-
-    encode_s: float = 0.0
-    forward_s: float = 0.0
-    sample_s: float = 0.0
-
-
 class Executor:
     def __init__(self, runner: Runner, sampler: Sampler, observer: Observer) -> None:
         self._runner = runner
@@ -54,23 +44,24 @@ class Executor:
         self._observer = observer
         self._ceiling = Ceiling()
 
-    def execute(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+    def execute(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         """Outcomes in plan order. Raises nothing that a request's content can cause."""
         if not plan.chunks:
             return []
         return [outcome for part in self._ceiling.parts(plan) for outcome in self._execute(part, clock)]
 
-    def _execute(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+    def _execute(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         try:
             outcomes = self._attempt(plan, clock)
         except Exception as error:  # noqa: BLE001  (whatever a step throws, only its culprit may fail)
             # the frames hold the failed step's tensors: after "out of memory" the retry needs their room
             traceback.clear_frames(error.__traceback__)
+            clock.lap("forward")
             return self._shrink(plan, clock) if is_out_of_memory(error) else self._isolate(plan, error, clock)
         self._ceiling.note_success()
         return outcomes
 
-    def _shrink(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+    def _shrink(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         """It found no room: give back what can be spared and do less at once."""
         self._runner.free_memory()
         self._observer.record(StepRetried(0, "OutOfMemory"))
@@ -80,7 +71,7 @@ class Executor:
         self._ceiling.lower(plan.num_tokens)
         return self._halve(plan, clock)
 
-    def _squeeze(self, plan: StepPlan, clock: PhaseClock) -> Outcome:
+    def _squeeze(self, plan: StepPlan, clock: StepClock) -> Outcome:
         """One chunk in as little room as it can be done in."""
         try:
             self._runner.encode_each(plan.image_jobs)
@@ -104,7 +95,7 @@ class Executor:
         after = self._squeeze(plan.only([second]), clock)
         return replace(after, chunk=chunk, prompt_logprobs=before.prompt_logprobs + after.prompt_logprobs)
 
-    def _isolate(self, plan: StepPlan, error: Exception, clock: PhaseClock) -> list[Outcome]:
+    def _isolate(self, plan: StepPlan, error: Exception, clock: StepClock) -> list[Outcome]:
         """Halve and retry. A single chunk that throws is the culprit."""
         if len(plan.chunks) == 1:
             name = type(error).__name__
@@ -114,36 +105,33 @@ class Executor:
             return [Outcome(plan.chunks[0], error=error if isinstance(error, EngineError) else failure)]
         return self._halve(plan, clock)
 
-    def _halve(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+    def _halve(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         half = len(plan.chunks) // 2
         parts = (plan.only(plan.chunks[:half]), plan.only(plan.chunks[half:]))
         return [outcome for part in parts for outcome in self._execute(part, clock)]
 
-    def _attempt(self, plan: StepPlan, clock: PhaseClock) -> list[Outcome]:
+    def _attempt(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         step = self._runner.run(plan)
+        clock.split(step.seconds)
         if step.num_images:
-            self._observer.record(ImagesEncoded(step.num_images, step.num_patches, step.encode_s))
-        clock.encode_s += step.encode_s
-        clock.forward_s += step.forward_s
-        begin_s = time.monotonic()
-        outcomes = self._sample(plan, step.split())
-        clock.sample_s += time.monotonic() - begin_s
+            encode_s = step.seconds.get("encode", 0.0)
+            self._observer.record(ImagesEncoded(step.num_images, step.num_patches, encode_s))
+        outcomes = self._sample(plan, step)
+        clock.lap("sample")
         return outcomes
 
-    def _sample(self, plan: StepPlan, logits: tuple[Tensor, ...]) -> list[Outcome]:
-        prompt_logprobs = [
-            self._prompt_logprobs(c, rows) for c, rows in zip(plan.chunks, logits, strict=True)
-        ]
+    def _sample(self, plan: StepPlan, step: StepLogits) -> list[Outcome]:
+        prompt_logprobs = self._prompt_logprobs(plan.chunks, step)
         yielding = [i for i, chunk in enumerate(plan.chunks) if chunk.yields_token]
-        for i in yielding:
+        rows = step.last_rows(yielding)
+        for place, i in enumerate(yielding):
             if (on_logits := plan.chunks[i].sequence.request.on_logits) is not None:
-                on_logits(logits[i][-1])
-        sampled = self._sampler.sample(
-            [logits[i][-1] for i in yielding], [plan.chunks[i].sequence.sampler for i in yielding]
-        )
+                on_logits(rows[place])
+        sampled = self._sampler.sample(rows, [plan.chunks[i].sequence.sampler for i in yielding])
         tokens = dict(zip(yielding, sampled, strict=True))
         return [
-            self._outcome(chunk, tokens.get(i), prompt_logprobs[i]) for i, chunk in enumerate(plan.chunks)
+            self._outcome(chunk, tokens.get(i), prompt_logprobs.get(i, ()))
+            for i, chunk in enumerate(plan.chunks)
         ]
 
     @staticmethod
@@ -156,10 +144,15 @@ class Executor:
         return Outcome(chunk, token, prompt)
 
     @staticmethod
-    def _prompt_logprobs(chunk: Chunk, rows: Tensor) -> tuple[TokenLogprob, ...]:
-        """Row i of the chunk predicts prompt token ``start + i + 1``."""
-        request = chunk.sequence.request
-        if request.prompt_logprobs is None or not chunk.wants_prompt_logits:
-            return ()
-        targets = request.prompt.ids[chunk.start + 1 : chunk.end + 1]
-        return tuple(score_prompt(rows[: len(targets)], targets, request.prompt_logprobs))
+    def _prompt_logprobs(chunks: Seq[Chunk], step: StepLogits) -> dict[int, tuple[TokenLogprob, ...]]:
+        """Of the chunks that owe some, by place. Row i of a chunk predicts prompt token ``start + i + 1``."""
+        asking = [i for i, chunk in enumerate(chunks) if chunk.wants_prompt_logits]
+        if not asking:
+            return {}
+        logits, found = step.split(), {}
+        for i in asking:
+            request = chunks[i].sequence.request
+            targets = request.prompt.ids[chunks[i].start + 1 : chunks[i].end + 1]
+            num_top = request.prompt_logprobs or 0
+            found[i] = tuple(score_prompt(logits[i][: len(targets)], targets, num_top))
+        return found

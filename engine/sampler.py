@@ -18,8 +18,10 @@ from engine.logprobs import score_prompt, score_tokens
 from engine.messages import TokenLogprob
 from engine.penalties import TokenCounts, apply_penalties, has_penalties
 from engine.randomness import RandomStream
+from engine.ranking import best_of
 from engine.sampling import SamplingParams
 from engine.selection import draw, draw_truncated, is_truncated
+from engine.upload import upload
 
 __all__ = ["NumericalFailure", "SampledRow", "SampledToken", "Sampler", "SamplerState", "score_prompt"]
 
@@ -88,12 +90,12 @@ class SamplerState:
     def shape(self, row: Tensor) -> None:
         """Mutates ``row``, [V] float32: logit_bias, penalties, min_tokens, grammar. Raises GrammarError."""
         if self._bias:
-            ids = torch.tensor(list(self._bias), device=row.device)
-            row[ids] += torch.tensor(list(self._bias.values()), dtype=row.dtype, device=row.device)
+            ids = upload(list(self._bias), torch.int64, row.device)
+            row[ids] += upload(list(self._bias.values()), row.dtype, row.device)
         if self._counts is not None:
             apply_penalties(row, self.params, self._counts)
         if self._grammar is not None:
-            row.masked_fill_(~self._grammar.mask().to(row.device), -torch.inf)
+            row.masked_fill_(~self._grammar.mask().to(row.device, non_blocking=True), -torch.inf)
         if self._may_not_end:
             self._forbid_end(row)
 
@@ -104,9 +106,9 @@ class SamplerState:
     def _forbid_end(self, row: Tensor) -> None:
         """min_tokens yields to a grammar that allows nothing but the end."""
         open_row = row.clone() if self._grammar is not None else None
-        row[torch.tensor(self._enders, device=row.device)] = -torch.inf
-        if open_row is not None and not bool(torch.isfinite(row.max())):
-            row.copy_(open_row)
+        row[upload(self._enders, torch.int64, row.device)] = -torch.inf
+        if open_row is not None:
+            row.copy_(torch.where(torch.isfinite(row.max()), row, open_row))
 
 
 class Sampler:
@@ -116,43 +118,55 @@ class Sampler:
         self._vocab_size = vocab_size
 
     @torch.inference_mode()
-    def sample(self, logits: Sequence[Tensor] | Tensor, states: Sequence[SamplerState]) -> list[SampledRow]:
+    def sample(self, logits: Tensor | Sequence[Tensor], states: Sequence[SamplerState]) -> list[SampledRow]:
         """S rows of [V] float32 (left unchanged) and the S sequences that they belong to -> S outcomes, in order.
 
         Raises GrammarError when a row's grammar cannot go on (too complex a state); the executor finds the culprit.
         """
         if not states:
             return []
-        raw = list(logits)
-        rows = torch.stack(raw)  # [S, V]; a copy, so it may be written
-        if rows.shape != (len(states), self._vocab_size):
-            raise ValueError(f"logits are {tuple(rows.shape)}; expected {(len(states), self._vocab_size)}")
-        chosen = self._choose(rows, states).tolist()  # the step's one copy to the host
+        raw = logits if isinstance(logits, Tensor) else torch.stack(list(logits))  # [S, V]
+        if raw.shape != (len(states), self._vocab_size):
+            raise ValueError(f"logits are {tuple(raw.shape)}; expected {(len(states), self._vocab_size)}")
+        chosen = self._choose(raw, states).tolist()  # the step's one copy to the host
         return self._report(chosen, raw, states)
 
-    def _choose(self, rows: Tensor, states: Sequence[SamplerState]) -> Tensor:
-        """[S] int64 token ids. Mutates ``rows``."""
-        best, ids = rows.max(-1)  # the first of equals; NaN wins over everything
+    def _choose(self, raw: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """[S] int64 token ids, _FAILED where the row is not sound."""
+        rows = self._shaped(raw, states)
+        best, ids = best_of(rows)
         is_sound = torch.isfinite(best)
-        for i, state in enumerate(states):
-            if state.is_shaped:
-                state.shape(rows[i])
-                shaped_best, ids[i] = rows[i].max(-1)
-                is_sound[i] &= torch.isfinite(shaped_best)
+        if rows is not raw:
+            is_sound &= torch.isfinite(raw.amax(-1))
         drawn = [i for i, s in enumerate(states) if not s.params.is_greedy]
-        cut = [i for i in drawn if is_truncated(states[i].params, self._vocab_size)]
-        for choose, group in ((draw, [i for i in drawn if i not in cut]), (draw_truncated, cut)):
+        cut = {i for i in drawn if is_truncated(states[i].params, self._vocab_size)}
+        for choose, group in ((draw, [i for i in drawn if i not in cut]), (draw_truncated, sorted(cut))):
             if group:
                 params = [states[i].params for i in group]
-                ids[group] = choose(rows[group], params, [states[i].uniform() for i in group])
+                index = upload(group, torch.int64, rows.device)
+                chosen = choose(rows[index], params, [states[i].uniform() for i in group])
+                ids.index_copy_(0, index, chosen)
         return ids.masked_fill_(~is_sound, _FAILED)
 
     @staticmethod
-    def _report(chosen: list[int], raw: list[Tensor], states: Sequence[SamplerState]) -> list[SampledRow]:
+    def _shaped(raw: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """The rows as tokens are chosen from them: a copy where any must be changed, otherwise ``raw`` itself."""
+        asking = [i for i, state in enumerate(states) if state.is_shaped]
+        if not asking:
+            return raw
+        rows = raw.clone()
+        for i in asking:
+            states[i].shape(rows[i])
+        return rows
+
+    @staticmethod
+    def _report(chosen: list[int], raw: Tensor, states: Sequence[SamplerState]) -> list[SampledRow]:
         asked = [i for i, s in enumerate(states) if s.params.logprobs is not None and chosen[i] != _FAILED]
-        nums_top = [states[i].params.logprobs or 0 for i in asked]
-        scores = score_tokens([raw[i] for i in asked], [chosen[i] for i in asked], nums_top)
-        logprobs = dict(zip(asked, scores, strict=True))
+        logprobs: dict[int, TokenLogprob] = {}
+        if asked:
+            nums_top = [states[i].params.logprobs or 0 for i in asked]
+            scores = score_tokens([raw[i] for i in asked], [chosen[i] for i in asked], nums_top)
+            logprobs = dict(zip(asked, scores, strict=True))
         return [
             NumericalFailure() if token_id == _FAILED else SampledToken(token_id, logprobs.get(i))
             for i, token_id in enumerate(chosen)

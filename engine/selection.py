@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.ranking import ranked_ids
 from engine.sampling import SamplingParams
+from engine.upload import upload
 
 WEIGHT_ONE = 2**40  # V * 2**40 stays below 2**63 for any vocabulary below 8 million
 FIRST_WIDTH = 256  # tokens that are sorted at first for top_p; a row that needs more gets 16 times as many
@@ -39,17 +40,25 @@ def draw_truncated(logits: Tensor, params: Sequence[SamplingParams], uniforms: S
     weights = token_weights(logits, params)
     limits = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     shares = _column(uniforms, logits)
-    chosen = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
-    rows = list(range(len(params)))
-    width = max(FIRST_WIDTH if limit == vocab_size else limit for limit in limits)
-    while rows:
-        width = min(width, vocab_size)
-        some = [params[i] for i in rows]
-        ids, kept, is_enough = _kept(logits[rows], weights[rows], [limits[i] for i in rows], some, width)
-        chosen[rows] = ids.gather(-1, _pick(kept, shares[rows]).unsqueeze(-1)).squeeze(-1)
-        rows = [i for i, enough in zip(rows, is_enough.tolist(), strict=True) if not enough]
-        width *= WIDENING
+    width = min(vocab_size, max(FIRST_WIDTH if limit == vocab_size else limit for limit in limits))
+    ids, kept, is_enough = _kept(logits, weights, limits, params, width)
+    chosen = _gathered(ids, kept, shares)
+    while width < max(limits) and (rows := _lacking(is_enough)):
+        width = min(width * WIDENING, vocab_size)
+        some = ([limits[i] for i in rows], [params[i] for i in rows])
+        ids, kept, enough = _kept(logits[rows], weights[rows], *some, width)
+        chosen[rows] = _gathered(ids, kept, shares[rows])
+        is_enough[rows] = enough
     return chosen
+
+
+def _gathered(ids: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
+    return ids.gather(-1, _pick(kept, shares).unsqueeze(-1)).squeeze(-1)
+
+
+def _lacking(is_enough: Tensor) -> list[int]:
+    """The rows that need more tokens sorted; asks the device, which only top_p over a flat distribution needs."""
+    return [i for i, enough in enumerate(is_enough.tolist()) if not enough]
 
 
 def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -76,7 +85,7 @@ def _kept(
     """The ``width`` best ids [S, width], their weights with those left out at 0, and [S] bool: is nothing missing?"""
     ids = ranked_ids(logits, width)
     ranks = torch.arange(width, device=logits.device)
-    limit = torch.tensor(limits, device=logits.device).unsqueeze(-1)
+    limit = upload(limits, torch.int64, logits.device).unsqueeze(-1)
     best = weights.gather(-1, ids) * (ranks < limit)
     is_limited = limit < logits.shape[-1]
     total = torch.where(is_limited, best.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
@@ -98,4 +107,4 @@ def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """[S, 1] float64 on the device of ``like``."""
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(-1)
+    return upload(values, torch.float64, like.device).unsqueeze(-1)

@@ -62,6 +62,8 @@ class AdapterSwaps:
         self._answers: list[Callable[[], None]] = []
         self._slot_bytes: dict[int, int] = {}
         self._sizes = Sizes(0, frozenset(), 0)
+        self._drawn: tuple[tuple[int, int], SwapsPicture] | None = None
+        self._num_weighings = 0
 
     @property
     def draining(self) -> set[AdapterRef]:
@@ -224,25 +226,26 @@ class AdapterSwaps:
         """Sizes change only when an adapter moves; the picture of each step takes them from here."""
         for ref in self._mover.take_evicted_from_host():
             self._observer.record(AdapterEvicted(ref, "lru", "host"))
+        self._num_weighings += 1
         self._slot_bytes = {i: self._bank.slot_bytes(i) for i in range(self._bank.num_slots)}
         self._sizes = Sizes(self._mover.host_num_bytes, self._mover.host_refs(), self._bank.num_bytes)
 
     def picture(self) -> SwapsPicture:
-        slots = {
-            r.slot: SlotStatus(r.slot, r.ref, "resident", r.is_pinned, r.num_holds, self._slot_bytes[r.slot])
-            for r in self._residency.residents()
-        }
-        loading = {
-            move.slot: SlotStatus(move.slot, move.ref, "loading", False, 0, 0)
-            for move in self._residency.loading()
-        }
-        free = {i: SlotStatus(i, None, "free", False, 0, 0) for i in range(self._bank.num_slots)}
-        return SwapsPicture(
-            slots=tuple((free | loading | slots)[i] for i in range(self._bank.num_slots)),
-            host_bytes=self._sizes.host_bytes,
-            host_refs=self._sizes.host_refs,
-            slot_bank_bytes=self._sizes.slot_bank_bytes,
-        )
+        """Made anew only when somebody came, went, or was held; most steps change none of it."""
+        key = (self._residency.revision, self._num_weighings)
+        if self._drawn is None or self._drawn[0] != key:
+            self._drawn = (key, self._draw())
+        return self._drawn[1]
+
+    def _draw(self) -> SwapsPicture:
+        slots = [SlotStatus(i, None, "free", False, 0, 0) for i in range(self._bank.num_slots)]
+        for move in self._residency.loading():
+            slots[move.slot] = SlotStatus(move.slot, move.ref, "loading", False, 0, 0)
+        for r in self._residency.residents():
+            num_bytes = self._slot_bytes[r.slot]
+            slots[r.slot] = SlotStatus(r.slot, r.ref, "resident", r.is_pinned, r.num_holds, num_bytes)
+        sizes = self._sizes
+        return SwapsPicture(tuple(slots), sizes.host_bytes, sizes.host_refs, sizes.slot_bank_bytes)
 
     def fail_pending(self, error: Exception) -> None:
         """Answer everyone who still waits; for the end of the engine."""

@@ -153,7 +153,7 @@ class Metrics:
 
     def _step(self, event: StepDone) -> None:
         for phase, seconds in event.seconds.items():
-            self._instruments.step.labels(phase).observe(seconds)
+            self._instruments.step.observe(phase, seconds)
         self._instruments.batch_rows.observe(event.num_decode_rows)
         self._instruments.batch_adapters.observe(event.num_distinct_adapters)
 

@@ -65,6 +65,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def begin(self, num_slots: int) -> None:
         self.residency = Residency(num_slots)
         self.model = Model(num_slots)
+        self.seen: dict[int, object] = {}
 
     def resident(self) -> list[AdapterRef]:
         return sorted((r for r, s in self.model.seats.items() if s.is_resident), key=str)
@@ -188,6 +189,12 @@ class ResidencyMachine(RuleBasedStateMachine):
         ]
         assert found == expected
         assert {load.ref for load in self.residency.loading()} == set(self.loading())
+
+    @invariant()
+    def one_revision_is_one_picture(self) -> None:
+        picture = [(r.slot, r.ref, r.is_pinned, r.num_holds, r.num_uses) for r in self.residency.residents()]
+        now = (picture, self.residency.loading())
+        assert self.seen.setdefault(self.residency.revision, now) == now
 
 
 ResidencyMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.errors import NumericalError
 from engine.randomness import RandomStream
-from engine.ranking import ranked_ids
+from engine.ranking import best_of, ranked_ids
 from engine.sampler import NumericalFailure, SampledRow, SampledToken, Sampler, SamplerState, score_prompt
 from engine.sampling import SamplingParams
 from engine.selection import draw, draw_truncated, is_truncated, token_weights
@@ -444,6 +445,54 @@ def test_prompt_logprobs_of_nan_raise() -> None:
     logits[1, 0] = torch.nan
     with pytest.raises(NumericalError):
         score_prompt(logits, [1, 2], 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([[1.0, 3.0, 3.0, -torch.inf]]),
+        torch.tensor([[0.0, -0.0], [-0.0, 0.0]]),
+        torch.tensor([[1.0, torch.nan, torch.inf, torch.nan], [2.0, 1.0, 2.0, 0.0]]),
+        torch.full((3, 5), -torch.inf),
+        some_logits(4, 3, 1),
+        some_logits(7, 1, 4099),
+        (some_logits(5, 2, 300) / 3).round(),
+    ],
+    ids=["ties", "zeros", "nan", "nothing", "one-token", "wide", "many-ties"],
+)
+def test_the_best_of_a_row_is_what_torch_says(rows: Tensor) -> None:
+    values, found = best_of(rows)
+    expected, expected_ids = rows.max(-1)
+    assert torch.equal(found, expected_ids)
+    assert torch.equal(
+        values.view(torch.int32), rows.gather(-1, expected_ids[:, None])[:, 0].view(torch.int32)
+    )
+    assert torch.equal(values, expected) or bool(rows.isnan().any())
+
+
+def test_logits_are_left_as_they_were_whether_a_list_or_one_tensor() -> None:
+    logits = some_logits(len(MIXED), 4)
+    before = logits.clone()
+    states = [SamplerState(p, (1, 2), EOS, V) for p in MIXED]
+    assert Sampler(V).sample(logits, states) == Sampler(V).sample(list(logits), states)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_the_device_once() -> None:
+    params = [GREEDY, RANDOM, replace(RANDOM, top_k=4), replace(GREEDY, frequency_penalty=0.5)]
+    params += [replace(GREEDY, logit_bias=((4, 2.0),)), replace(GREEDY, min_tokens=2)]
+    logits = some_logits(len(params)).cuda()
+    sample(logits, params)  # what is built on first use
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            sample(logits, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 1, [str(wait.message) for wait in waits]
 
 
 @pytest.mark.gpu
