@@ -1,4 +1,4 @@
-"""The bench's commands: `lorikeet bench list | run | sweep | peers | kernels | prove | shapes | adapters | report`.
+"""The bench's commands: `lorikeet bench list | run | sweep | peers | profile | kernels | prove | shapes | adapters | report`.
 
 Owns names, options and what is printed: progress to stderr, a table, and one JSON line last. Every command imports what
 it needs when it runs.
@@ -41,6 +41,7 @@ from bench.options import (
     told,
 )
 from bench.peering import peers
+from bench.profiling import profile
 from bench.proving import prove
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("peers")(peers)
+app.command("profile")(profile)
 app.command("prove")(prove)
 
 
@@ -97,14 +99,14 @@ def run(
         told() as watch,
         reach(Where(url, model, adapters, naming, label, api_key), Ours(base, adapter_root, serve), tell) as (
             endpoint,
-            peak_bytes,
+            served,
         ),
     ):
         cells = run_workloads(endpoint, chosen, plan, tell, is_against_base=against_base)
         if against_base and adapter_root is not None and Path(base).is_dir():
             add_efficiency(cells, Path(base), adapter_root, tell)
         for cell in cells:
-            cell["server_peak_bytes"] = peak_bytes()
+            cell["server_peak_bytes"] = served.peak_bytes()
     keep("run", cells, watch, out, as_json)
 
 

@@ -72,20 +72,20 @@ class Ours:
 
 
 @contextmanager
-def reach(
-    where: Where, ours: Ours, tell: Callable[[str], None]
-) -> Iterator[tuple[Endpoint, Callable[[], int]]]:
+def reach(where: Where, ours: Ours, tell: Callable[[str], None]) -> Iterator[tuple[Endpoint, Served]]:
+    """The server that is meant, started if none is named; and its process, of which nothing is known by a URL."""
     from dataclasses import replace
 
     from bench.endpoint import Endpoint, Naming
     from bench.running import OurServer, adapters_of, our_server
+    from bench.serving import Served
 
     chosen = tuple(where.adapters.split(",")) if where.adapters else None
     naming = Naming(where.naming)
     if where.url is None:
-        with our_server(OurServer(ours.base, ours.adapter_root, ours.flags), tell) as (endpoint, peak_bytes):
+        with our_server(OurServer(ours.base, ours.adapter_root, ours.flags), tell) as (endpoint, served):
             names = chosen or endpoint.adapters
-            yield replace(endpoint, naming=naming, adapters=names, label=where.label), peak_bytes
+            yield replace(endpoint, naming=naming, adapters=names, label=where.label), served
         return
     url = where.url.rstrip("/")
     if where.model is not None and (chosen is not None or naming is Naming.NONE):
@@ -94,7 +94,7 @@ def reach(
         base, found = adapters_of(url, where.api_key)
         base, names = where.model or base, chosen or found
     is_plain = naming in (Naming.NONE, Naming.LLAMA) and where.label != "lorikeet"
-    yield Endpoint(url, base, naming, names, where.api_key, is_plain, where.label), lambda: 0
+    yield Endpoint(url, base, naming, names, where.api_key, is_plain, where.label), Served(url, 0, 0.0)
 
 
 def make_plan(

@@ -52,6 +52,7 @@ def tables(results: Sequence[Result]) -> tuple[Table, ...]:
         floors_table,
         _scenarios,
         _sweeps,
+        _profiles,
         _kernels,
     )
     return tuple(table for maker in makers if (table := maker(cells)) is not None)
@@ -185,6 +186,19 @@ def _sweeps(cells: Sequence[Cell]) -> Table | None:
             rows.append((label_of(cell), str(cell["workload"]), *shown, mark))
     head = ("server", "workload", "calls/s offered", "goodput", "calls/s answered", "")
     return Table("Rate sweep", head, tuple(rows)) if rows else None
+
+
+def _profiles(cells: Sequence[Cell]) -> Table | None:
+    rows = []
+    for cell in cells:
+        found = _numbers(cell, "profile")
+        for name, value in found.items():
+            if name.endswith("_ms"):
+                share = f"{value / found['step_ms']:.1%}"
+                part = name.removesuffix("_ms").replace("_", " ")
+                rows.append((label_of(cell), str(cell["workload"]), part, f"{value:.3f}", share))
+    head = ("server", "workload", "part", "ms a step", "share")
+    return Table("A step, part by part", head, tuple(rows)) if rows else None
 
 
 def _kernels(cells: Sequence[Cell]) -> Table | None:

@@ -18,7 +18,7 @@ from bench.cells import Measured, Plan, Server, Target, parity_of, ratio, run_si
 from bench.endpoint import Endpoint, Naming
 from bench.peers import PeerKind, PeerSetup, PeerWeights, peer, serve_command
 from bench.scenarios import SCENARIOS, run_scenario
-from bench.serving import free_port, lorikeet_command, serve
+from bench.serving import Served, free_port, lorikeet_command, serve
 from bench.workloads import CATALOGUE, Workload, workload_named
 
 Tell = Callable[[str], None]
@@ -53,8 +53,8 @@ def adapters_of(url: str, api_key: str | None = None) -> tuple[str, tuple[str, .
 
 
 @contextmanager
-def our_server(setup: OurServer, tell: Tell) -> Iterator[tuple[Endpoint, Callable[[], int]]]:
-    """Ours on a free port, with what it tells of its adapters; and its peak memory in bytes. Raises ServerDied."""
+def our_server(setup: OurServer, tell: Tell) -> Iterator[tuple[Endpoint, Served]]:
+    """Ours on a free port, with what it tells of its adapters; and its process. Raises ServerDied."""
     with tempfile.TemporaryDirectory(prefix="lorikeet-bench-") as folder:
         port = free_port()
         state = Path(folder) / "state"
@@ -63,7 +63,7 @@ def our_server(setup: OurServer, tell: Tell) -> Iterator[tuple[Endpoint, Callabl
         with serve(command, f"http://127.0.0.1:{port}", Path(folder) / "log") as served:
             base, adapters = adapters_of(served.url)
             tell(f"ready after {served.start_s:.1f} s, {len(adapters)} adapters")
-            yield Endpoint(served.url, base, adapters=adapters), served.peak_bytes
+            yield Endpoint(served.url, base, adapters=adapters), served
 
 
 def run_workloads(

@@ -29,6 +29,7 @@ class Served:
 
     url: str
     pid: int
+    """0 for one that others started."""
     start_s: float
     """From its start to its first answer."""
 
@@ -40,6 +41,13 @@ class Served:
 def peak_bytes(pid: int) -> int:
     """Of a process and all below it."""
     return sum(_peak_of(member) for member in _family(pid))
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Processor time so far of its main thread, and of all others; zeros where /proc lacks."""
+        tasks = Path(f"/proc/{self.pid}/task")
+        spent = {file.parent.name: _ran(file) for file in tasks.glob("*/schedstat")}
+        main = spent.pop(str(self.pid), 0.0)
+        return main, sum(spent.values())
 
 
 def free_port() -> int:
@@ -129,6 +137,14 @@ def _family(pid: int) -> list[int]:
         for child in file.read_text("ascii").split()
     ]
     return [pid, *(member for child in children for member in _family(child))]
+
+
+def _ran(schedstat: Path) -> float:
+    """Seconds that a thread was on a processor; 0 for one that has ended meanwhile."""
+    try:
+        return int(schedstat.read_text("ascii").split()[0]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
 
 
 def _peak_of(pid: int) -> int:

@@ -67,7 +67,8 @@ class Bed:
         if self._shared is None:
             flags = ("--num-slots", str(NUM_ADAPTERS), "--max-rank", "16")
             setup = OurServer(str(self.checkpoint), self.adapters, flags)
-            self._shared, self._peak_bytes = self._servers.enter_context(our_server(setup, self.tell))
+            self._shared, served = self._servers.enter_context(our_server(setup, self.tell))
+            self._peak_bytes = served.peak_bytes
         return self._shared
 
     def peak_bytes(self) -> int:
