@@ -107,10 +107,10 @@ def _cell(endpoint: Endpoint, asked: Asked, runs: Sequence[Mapping[str, float]])
 
 async def _window(endpoint: Endpoint, served: Served, asked: Asked, seed: int) -> dict[str, float]:
     num_adapters = 0 if endpoint.naming is Naming.NONE else min(len(endpoint.adapters), asked.num_rows)
+    begin = await _edge(endpoint, served)
     load = asyncio.ensure_future(Load(endpoint).send_async(asked.trace(num_adapters, seed)))
     whole = asked.num_rows * asked.num_tokens
     try:
-        begin = await _edge(endpoint, served)
         opened = await _reach(endpoint, served, begin.num_tokens + OPENS_AT * whole, load)
         closed = await _reach(endpoint, served, begin.num_tokens + CLOSES_AT * whole, load, opened)
         run = await load
@@ -138,7 +138,7 @@ async def _reach(
             return edge
         if load.done():
             raise NothingMeasured(
-                "the streams ended before a window could be taken: ask for more --tokens, or a server that is ours"
+                "the streams ended before the window: ask for more --tokens, and a server that is ours"
             )
         await asyncio.sleep(max(POLL_S, 0.9 * _expected_s(edge, since, num_tokens)))
 
@@ -160,7 +160,7 @@ def figures(opened: Edge, closed: Edge, num_rows: int) -> dict[str, float]:
     counted = between(opened.counters, closed.counters)
     num_steps = counted.get("batch_rows_count", 0.0)
     if not num_steps:
-        raise NothingMeasured("the server counted no step: only ours tells what a step costs")
+        raise NothingMeasured("the window held no step: ask for more --tokens, and a server that is ours")
     if counted.get("batch_rows_sum") != num_rows * num_steps or "prompt_tokens_total" in counted:
         raise NothingMeasured(
             f"not every step of the window decoded {num_rows} rows: ask for more --tokens, on a server with no others"

@@ -22,12 +22,35 @@ class Script:
         self.paths: list[str] = []
         self.num_at_once = 0
         self.most_at_once = 0
+        self.num_tokens = 0
+        self.num_rows = 1
+        """Of each step that /metrics tells of: so many tokens make one."""
+        self.step_ms = 8.0
+        self.waits_at: frozenset[int] = frozenset()
+        """Before its token with such a number an answer waits until /metrics has told of all that came before."""
         self.lock = threading.Lock()
+        self.num_told = 0
+        self.was_told = threading.Condition(self.lock)
+
+    def count(self, number: int) -> None:
+        """An answer's token is about to be sent."""
+        with self.lock:
+            if number in self.waits_at:
+                before = self.num_tokens
+                self.was_told.wait_for(lambda: self.num_told >= before, timeout=20)
+            self.num_tokens += 1
 
 
 def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = _counters(script).encode()
+            self.send_response(200 if self.path == "/metrics" else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["content-length"] or 0))
@@ -70,6 +93,7 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             for number in range(0 if script.fault == "silent" else num):
                 if number:
                     time.sleep(script.gap_s)
+                script.count(number)
                 content = f"w{number} {body.get('adapter')}"
                 yield _event({"choices": [{"index": 0, "delta": {"content": content}}]})
             if script.fault == "error":
@@ -99,6 +123,21 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
 
 def _event(frame: dict[str, object]) -> bytes:
     return b"data: " + json.dumps(frame).encode() + b"\n\n"
+
+
+def _counters(script: Script) -> str:
+    """As our own server counts: steps of ``num_rows`` rows, each of which took ``step_ms`` in its forward."""
+    with script.lock:
+        num_steps = script.num_tokens // script.num_rows
+        script.num_told = script.num_tokens
+        script.was_told.notify_all()
+    return (
+        f"lorikeet_generation_tokens_total {script.num_tokens}\n"
+        f"lorikeet_batch_rows_count {num_steps}\n"
+        f"lorikeet_batch_rows_sum {num_steps * script.num_rows}\n"
+        f'lorikeet_step_seconds_sum{{phase="forward"}} {num_steps * script.step_ms / 1000}\n'
+        f'lorikeet_step_seconds_sum{{phase="plan"}} {num_steps * 0.001}\n'
+    )
 
 
 @contextmanager
