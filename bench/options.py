@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bench.cells import Plan
     from bench.endpoint import Endpoint
     from bench.provenance import Watch
+    from bench.serving import Served
 
 Names = Annotated[
     list[str] | None, typer.Argument(help="Workloads or scenarios; `lorikeet bench list` has them.")

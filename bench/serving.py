@@ -37,17 +37,17 @@ class Served:
         """The most resident memory so far of it and its children, each at its own peak; 0 where /proc lacks."""
         return peak_bytes(self.pid)
 
-
-def peak_bytes(pid: int) -> int:
-    """Of a process and all below it."""
-    return sum(_peak_of(member) for member in _family(pid))
-
     def cpu_seconds(self) -> tuple[float, float]:
         """Processor time so far of its main thread, and of all others; zeros where /proc lacks."""
         tasks = Path(f"/proc/{self.pid}/task")
         spent = {file.parent.name: _ran(file) for file in tasks.glob("*/schedstat")}
         main = spent.pop(str(self.pid), 0.0)
         return main, sum(spent.values())
+
+
+def peak_bytes(pid: int) -> int:
+    """Of a process and all below it."""
+    return sum(_peak_of(member) for member in _family(pid))
 
 
 def free_port() -> int:
