@@ -1,4 +1,4 @@
-"""The bench's commands: `lorikeet bench list | run | sweep | peers | profile | kernels | prove | shapes | adapters | ...`.
+"""The bench's commands: `lorikeet bench list | run | sweep | peers | profile | kernels | prove | shapes | ...`.
 
 Owns names, options and what is printed: progress to stderr, a table, and one JSON line last. Every command imports what
 it needs when it runs.
