@@ -26,12 +26,12 @@ def token(token_id: int) -> list[Outbound]:
     return [Tokens("r", (token_id,))]
 
 
-def with_stream(act: Act, **params: object) -> list[str]:
+def with_stream(act: Act, stop: tuple[str, ...] = ()) -> list[str]:
     """Runs ``act`` on a loop with a fresh stream; the reasons with which the stream told the engine to stop."""
     reasons: list[str] = []
 
     async def go() -> None:
-        request = make_request(max_tokens=99, **params)
+        request = make_request(max_tokens=99, stop=stop)
         loop = asyncio.get_running_loop()
         await act(Stream("r", TextAssembler(request, TABLE), loop, lambda _, reason: reasons.append(reason)))
 
@@ -88,7 +88,7 @@ def test_a_stop_string_tells_the_engine_once_and_never_shows(is_behind: bool) ->
             "an S alone may be the stop string's beginning"
         )
 
-    assert with_stream(act, stop=("STOP",)) == ["stop"]
+    assert with_stream(act, ("STOP",)) == ["stop"]
 
 
 async def collect(stream: Stream, seen: list[str]) -> None:
