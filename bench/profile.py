@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from bench.cells import NothingMeasured
 from bench.endpoint import Endpoint, Naming
-from bench.load import Load
+from bench.load import Load, Run
 from bench.scrape import between, scrape
 from bench.serving import Served
 from bench.trace import Call, Trace
@@ -108,7 +108,7 @@ def _cell(endpoint: Endpoint, asked: Asked, runs: Sequence[Mapping[str, float]])
 async def _window(endpoint: Endpoint, served: Served, asked: Asked, seed: int) -> dict[str, float]:
     num_adapters = 0 if endpoint.naming is Naming.NONE else min(len(endpoint.adapters), asked.num_rows)
     begin = await _edge(endpoint, served)
-    load = asyncio.ensure_future(Load(endpoint).send_async(asked.trace(num_adapters, seed)))
+    load = asyncio.create_task(Load(endpoint).send_async(asked.trace(num_adapters, seed)))
     whole = asked.num_rows * asked.num_tokens
     try:
         opened = await _reach(endpoint, served, begin.num_tokens + OPENS_AT * whole, load)
@@ -128,7 +128,7 @@ async def _reach(
     endpoint: Endpoint,
     served: Served,
     num_tokens: float,
-    load: asyncio.Future[object],
+    load: asyncio.Task[Run],
     since: Edge | None = None,
 ) -> Edge:
     """The first edge at which so many tokens were given. Sleeps for as long as that should take: scrapes cost steps."""
