@@ -24,6 +24,15 @@ TILE_FIELDS = tl.constexpr(4)
 
 
 @triton.jit
+def rounded(values, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 values rounded to DTYPE; the interpreter cuts them to bfloat16, so there they are rounded by hand."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return values.to(DTYPE)
+
+
+@triton.jit
 def shrink(
     x_ptr,  # [T, in]
     partial_ptr,  # [PARTS, NUM_SITES, T, MAX_RANK] float32, written where a tile has rows and the site a rank
@@ -168,13 +177,13 @@ def expand(
         unbiased = base
         if HAS_BIAS:
             bias = tl.load(bias_ptr + start + columns, mask=is_column, other=0.0).to(tl.float32)
-            unbiased = (base - bias[None, :]).to(y.dtype).to(tl.float32)
+            unbiased = rounded(base - bias[None, :], y.dtype, UPCAST).to(tl.float32)
         result = base + ((scale - 1.0) * unbiased + scale * delta)
     elif ROUNDS_DELTA:
-        result = base + delta.to(y.dtype).to(tl.float32)
+        result = base + rounded(delta, y.dtype, UPCAST).to(tl.float32)
     else:
         result = base + delta
-    tl.store(target, result.to(y.dtype), mask=mask)
+    tl.store(target, rounded(result, y.dtype, UPCAST), mask=mask)
 
 
 @triton.jit
@@ -182,8 +191,8 @@ def _product(h, b, acc, A_TYPE: tl.constexpr, UPCAST: tl.constexpr):
     """acc + h @ b.T. h [M, 16] float32 goes as two parts of A_TYPE, so that none of its 24 bits is lost on the way."""
     if A_TYPE == tl.float32:
         return tl.dot(h, tl.trans(b), acc, input_precision="ieee")
-    high = h.to(A_TYPE)
-    low = (h - high.to(tl.float32)).to(A_TYPE)
+    high = rounded(h, A_TYPE, UPCAST)
+    low = rounded(h - high.to(tl.float32), A_TYPE, UPCAST)
     if UPCAST:
         acc = tl.dot(low.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
         return tl.dot(high.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
