@@ -88,7 +88,7 @@ def nf4_linear(
         if state is None or getattr(state, "packing_format_for_cpu", False):
             raise ValueError("a linear to be laid out must be quantised by bitsandbytes, and not packed")
         weights.append(nf4.lay_out(linear.weight.data, state))
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     if biases and len(biases) != len(linears):
         raise ValueError("either all linears laid side by side have a bias, or none")
     weight = weights[0] if len(weights) == 1 else nf4.side_by_side(weights)

@@ -12,6 +12,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
 
+from base.linear import quant_state
 from base.ops import nf4, nf4_ops
 from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_launch import Nf4Launch, nf4_launch
@@ -142,7 +143,7 @@ def test_the_linear_is_bitsandbytes_linear_for_few_rows_and_many(is_fused: bool)
     sources = [four_bit(128, 48, bias=True), four_bit(128, 32, bias=True, seed=1)]
     linear = nf4_linear(sources, is_fused=is_fused)
     assert linear.is_quantised and (linear.in_features, linear.out_features) == (128, 80)
-    expected = torch.cat([dequantize_4bit(one.weight.data, one.weight.quant_state) for one in sources])
+    expected = torch.cat([dequantize_4bit(one.weight.data, quant_state(one)) for one in sources])
     assert torch.equal(linear.dequantised_weight(), expected)
     linear.fused_rows = 4
     for shape in ((1, 4, 128), (2, 3, 128)):

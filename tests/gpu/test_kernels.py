@@ -169,12 +169,12 @@ def test_paged_decodes_equal_attention_over_gathered_keys(
     query = randn(num_rows, heads, 128, dtype=dtype, seed=2)
     found = attend_decodes(query, keys, values, tables, lengths.to(DEVICE), 128**-0.5)
     for row, length in enumerate(lengths.tolist()):
-        mine = [
+        key, value = (
             cache[tables[row].long()].flatten(0, 1)[:length].transpose(0, 1).double()
             for cache in (keys, values)
-        ]
+        )
         expected = functional.scaled_dot_product_attention(
-            query[row].double()[:, None], *mine, enable_gqa=True
+            query[row].double()[:, None], key, value, enable_gqa=True
         )
         torch.testing.assert_close(found[row].double(), expected[:, 0], rtol=2e-2, atol=4e-3)
 
