@@ -14,21 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from adapters.ops.torch_ops import Rounding, add_lora
+from adapters.ops.triton_ops import TritonLinear
 from adapters.routing import Routing, RoutingSet
 from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
+from adapters.triton_lora import TritonLora, suits
 
 
 class MultiLoraLinear(nn.Module):
     """``base``, wrapped. Looks like a linear to those who ask for ``weight``, ``bias`` or widths."""
 
-    def __init__(self, base: nn.Module, site: Site, bank: SlotBank, routing: Routing) -> None:
+    def __init__(
+        self, base: nn.Module, site: Site, bank: SlotBank, routing: Routing, triton: TritonLora | None = None
+    ) -> None:
+        """triton: computes the adapters' part instead of batched products."""
         super().__init__()
         self.base = base
         self.site = site
         self._shelf = bank.shelf(site.name)
         self._routing = routing
         self._rounding = Rounding.DELTA if is_four_bit(base) else Rounding.SUM
+        self._triton = triton
+        self._kernels = None if triton is None else triton.linear([site.name], self._rounding)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], the base's dtype.
@@ -38,6 +45,8 @@ class MultiLoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if self._routing.is_base_only:
             return y
+        if self._triton is not None and self._kernels is not None:
+            return self._add_by_triton(y, x, self._triton, self._kernels)
         shelf = self._shelf
         plan = self._routing.plan(shelf.layout)
         if plan is None:
@@ -50,6 +59,16 @@ class MultiLoraLinear(nn.Module):
         bias = None if shelf.scale is None else self.bias
         result = add_lora(flat_y, flat_x, plan, shelf.pages, shelf.scale, bias, self._rounding)
         return result.view(y.shape)
+
+    def _add_by_triton(self, y: Tensor, x: Tensor, triton: TritonLora, kernels: TritonLinear) -> Tensor:
+        if triton.is_idle(self._shelf):
+            return y
+        flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if flat_y.shape[0] != self._routing.num_rows:
+            raise ValueError(
+                f"{self.site.name} got {flat_y.shape[0]} rows, and routing for {self._routing.num_rows}"
+            )
+        return triton.add(flat_y, flat_x.contiguous(), kernels, self._routing, self.bias).view(y.shape)
 
     @property
     def in_features(self) -> int:
@@ -85,25 +104,33 @@ def attach(
     bank: SlotBank,
     routing: RoutingSet,
     base_weight: Callable[[nn.Module], Tensor],
-) -> None:
+    *,
+    is_triton: bool | None = None,
+) -> TritonLora | None:
     """Wrap every site of ``module`` in place, and give the bank the base's weights for DoRA.
 
     base_weight turns a linear of the base into its weight, [out, in] of any float dtype, dequantised and unpacked; it
-    is called from the mover's threads and must only read. Raises ValueError, and changes nothing, if adapters are
+    is called from the mover's threads and must only read. is_triton: whether Triton computes the adapters; by default
+    where it suits the bank's device. Returns what must be prepared before a captured graph is replayed, or None where
+    plain torch computes. Raises ValueError, and changes nothing, if adapters are
     attached already.
     """
     bases = {name: module.get_submodule(name) for name in sites}
     attached = next((name for name, base in bases.items() if isinstance(base, MultiLoraLinear)), None)
     if attached is not None:
         raise ValueError(f"adapters are attached to this model already (at {attached}); detach them first")
+    if is_triton is None:
+        is_triton = suits(bank.device)
+    triton = TritonLora(sites, bank) if is_triton else None
     for name, site in sites.items():
-        _replace(module, name, MultiLoraLinear(bases[name], site, bank, routing.of(site.part)))
+        _replace(module, name, MultiLoraLinear(bases[name], site, bank, routing.of(site.part), triton))
 
     @torch.no_grad()
     def weight_of(name: str) -> Tensor:
         return base_weight(bases[name]).float()
 
     bank.connect(weight_of)
+    return triton
 
 
 def detach(module: nn.Module) -> None:

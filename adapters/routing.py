@@ -89,6 +89,15 @@ class Routing:
         self.fill(())
 
     @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """What it was filled with; another object after every ``fill`` that changed something."""
+        return self._segments
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
+
+    @property
     def is_base_only(self) -> bool:
         return not self._rows
 

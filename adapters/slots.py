@@ -123,6 +123,7 @@ class SlotBank:
         if num_slots < 1 or max_rank < 1:
             raise ValueError(f"num_slots and max_rank must be at least 1, not {num_slots} and {max_rank}")
         self.num_slots = num_slots
+        self.max_rank = max_rank
         self.dtype = dtype
         self.device = device
         self._shelves = {name: Shelf(site, num_slots) for name, site in sites.items()}

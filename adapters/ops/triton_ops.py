@@ -46,7 +46,8 @@ def has_triton() -> bool:
 def add_lora(
     y: Tensor, x: Tensor, linear: TritonLinear, table: TileTable, bias: Tensor | None = None
 ) -> Tensor:
-    """The base's output y [T, sum of widths] with every touched row's adapter added, in place; returns y.
+    """The base's output y [T, sum of widths] with every touched row's adapter added, in place; returns y. T may be less
+    than the table's rows.
 
     x [T, in] is the linear's input, bias [sum of widths] the base's (asked for by DoRA alone). Rows that are in no
     tile, and sites that a row's slot leaves alone, keep their bits.
@@ -55,7 +56,7 @@ def add_lora(
 
 
 def shrink(x: Tensor, linear: TritonLinear, table: TileTable) -> Tensor:
-    """x [T, in] -> partial sums of x @ A.T, [parts, n, T, max_rank] float32, whose untouched places are not written.
+    """x [T, in] -> sums of x @ A.T by part, [parts, n, table's rows, max_rank] float32; what no tile has is not written.
 
     Needs nothing of the base's output, so it may run on another stream beside it.
     """
@@ -128,5 +129,5 @@ def expand(
 
 
 def _check(rows: Tensor, width: int, table: TileTable) -> None:
-    if rows.shape != (table.num_rows, width) or rows.stride(1) != 1:
-        raise ValueError(f"rows of [{table.num_rows}, {width}] expected, not {tuple(rows.shape)}")
+    if rows.shape[0] > table.num_rows or rows.shape[1] != width or rows.stride(1) != 1:
+        raise ValueError(f"up to {table.num_rows} rows of {width} expected, not {tuple(rows.shape)}")

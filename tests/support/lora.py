@@ -64,12 +64,15 @@ class Bench:
         num_slots: int = 16,
         max_rank: int = 64,
         dtype: torch.dtype = torch.bfloat16,
+        is_triton: bool = False,
     ) -> None:
         self.module = Tiny(widths, dtype)
         self.sites = {name: Site(name, *each, "language") for name, each in widths.items()}
         self.bank = SlotBank(self.sites, num_slots, max_rank, torch.float32, CPU)
         self.routing = RoutingSet.on(CPU)
-        attach(self.module, self.sites, self.bank, self.routing, plain_weight)
+        self.triton = attach(
+            self.module, self.sites, self.bank, self.routing, plain_weight, is_triton=is_triton
+        )
 
     def run(self, name: str, x: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
         self.routing.language.fill(segments)
