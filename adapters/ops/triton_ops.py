@@ -56,7 +56,7 @@ def add_lora(
 
 
 def shrink(x: Tensor, linear: TritonLinear, table: TileTable) -> Tensor:
-    """x [T, in] -> sums of x @ A.T by part, [parts, n, table's rows, max_rank] float32; what no tile has is not written.
+    """x [T, in] -> sums of x @ A.T by part, [parts, n, table's rows, max_rank] float32; what is in no tile is left.
 
     Needs nothing of the base's output, so it may run on another stream beside it.
     """
