@@ -189,7 +189,9 @@ def _decodes(plan: AttentionPlan, indices: Sequence[int]) -> Decodes | None:
 
 def _pack(plan: AttentionPlan, indices: Sequence[int]) -> Pack:
     device, size = plan.slot_mapping.device, plan.block_size
-    places, rows, query_starts, key_starts = [], [], [0], [0]
+    places: list[Tensor] = []
+    rows: list[int] = []
+    query_starts, key_starts = [0], [0]
     for index in indices:
         length, begin, end = plan.context_lens[index], plan.query_starts[index], plan.query_starts[index + 1]
         blocks = torch.tensor(plan.block_tables[index][: -(-length // size)])

@@ -91,13 +91,10 @@ def test_a_step_equals_the_reference(
     attention = TritonAttention(plain_varlen if is_packed else None)
     found = attention.begin(plan, dtype)(0, query, key, value, 0.2)
     stored = [cache[0].clone() for cache in (plan.key_cache, plan.value_cache)]
+    heads = [rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value)]
+    segments_now = segments_of(plan)
     expected, _ = attend_paged(
-        Layer(),
-        *(rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value)),
-        None,
-        plan=plan,
-        segments=segments_of(plan),
-        scaling=0.2,
+        Layer(), heads[0], heads[1], heads[2], None, plan=plan, segments=segments_now, scaling=0.2
     )
     tolerance = 1e-5 if dtype is torch.float32 else 2e-3
     torch.testing.assert_close(found, expected[0], rtol=tolerance, atol=tolerance)
