@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from adapters.concatenation import ComposingReader
 from adapters.layer import attach
 from adapters.mover import Mover
-from adapters.registry import Registry
+from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from adapters.room import Room
 from adapters.routing import RoutingSet
 from adapters.sites import SiteTable, discover_sites
 from adapters.slots import SlotBank
+from adapters.weights import AdapterWeights
 from base.linear import dequantised_weight
 from base.model import BaseModel
 from engine.blocks import BlockPool
@@ -26,7 +30,7 @@ from engine.grammar import GrammarCompiler
 from engine.kv import KVCache, kv_bytes_per_token
 from engine.lifecycle import Lifecycle
 from engine.memory import MemoryPlan, plan_memory
-from engine.messages import Wake
+from engine.messages import Outbound, Wake
 from engine.observer import Observer, SilentObserver
 from engine.probe import Probe, probe_blocks
 from engine.runner import Runner
@@ -34,19 +38,58 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.status import Picture, StatusBoard
 from engine.swaps import AdapterSwaps
+from engine.transport import ThreadTransport
 from engine.vision_cache import VisionCache
 
 logger = logging.getLogger("lorikeet.engine")
 
 
+class PackageSource(Protocol):
+    """Who reads registered versions: the registry, or a reader of its store."""
+
+    def load(self, ref: AdapterRef) -> AdapterWeights: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """A warm engine whose loop nobody runs yet."""
+
+    engine: Engine
+    board: StatusBoard
+    grammars: GrammarCompiler
+    memory: MemoryPlan
+    max_model_len: int
+    num_blocks: int
+    close: Callable[[], None]
+    """Once the loop has ended."""
+
+
 def build_engine(
-    base: BaseModel, registry: Registry, config: EngineConfig, observer: Observer | None = None
+    base: BaseModel, source: PackageSource, config: EngineConfig, observer: Observer | None = None
 ) -> EngineClient:
-    """Attach the adapter layers to the base, take the KV memory, warm up, and start the engine's thread.
+    """An engine on a thread of this process, and its client.
 
     Mutates ``base``: its linears are wrapped. One engine a base. Raises ValueError where the memory cannot hold it.
     """
-    watcher = observer or SilentObserver()
+    inbound: list[EngineClient] = []
+    parts = build_parts(base, source, config, observer or SilentObserver(), lambda m: inbound[0].deliver(m))
+    client = EngineClient(config, parts.max_model_len, base.processor, parts.memory)
+    inbound.append(client)
+    client.connect(ThreadTransport(parts.engine, parts.board, parts.grammars, parts.close))
+    return client
+
+
+def build_parts(
+    base: BaseModel,
+    source: PackageSource,
+    config: EngineConfig,
+    observer: Observer,
+    deliver: Callable[[Sequence[Outbound]], None],
+) -> EngineParts:
+    """Attach the adapter layers to the base, take the KV memory, and warm up. ``deliver`` is called in the loop.
+
+    Raises ValueError where the memory cannot hold it.
+    """
     sites = discover_sites(base.module)
     num_probe_blocks = probe_blocks(base, config.block_size)
     plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks)
@@ -61,20 +104,18 @@ def build_engine(
     residency = Residency(config.num_slots, Room(config.device_adapter_bytes))
     scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
-    client = EngineClient(config, max_model_len, grammars, base.processor, plan)
     mover = Mover(
-        bank, ComposingReader(registry.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
+        bank, ComposingReader(source.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
     )
-    swaps = AdapterSwaps(residency, mover, bank, probe, watcher)
+    swaps = AdapterSwaps(residency, mover, bank, probe, observer)
     board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))
     vocab_size = base.spec.vocab_size
-    lifecycle = Lifecycle(residency, watcher, grammars, base.spec.eos_token_ids, vocab_size, max_model_len)
-    executor = Executor(runner, Sampler(vocab_size), watcher)
-    engine = Engine(config, scheduler, executor, swaps, lifecycle, board, watcher, client.deliver)
+    lifecycle = Lifecycle(residency, observer, grammars, base.spec.eos_token_ids, vocab_size, max_model_len)
+    executor = Executor(runner, Sampler(vocab_size), observer)
+    engine = Engine(config, scheduler, executor, swaps, lifecycle, board, observer, deliver)
     probe.warm_up()
     logger.info("engine.ready kv_tokens=%d max_model_len=%d", num_blocks * config.block_size, max_model_len)
-    client.start(engine, board, mover.close)
-    return client
+    return EngineParts(engine, board, grammars, plan, max_model_len, num_blocks, mover.close)
 
 
 def _slot_dtype(base: BaseModel) -> torch.dtype:

@@ -1,5 +1,6 @@
-"""EngineClient: the bridge from the event loop to the engine's thread. ``submit`` is the only way down; a Stream is the
-only way up. It refuses early what the engine has no room for, before anything is allocated.
+"""EngineClient: the bridge from the event loop to the engine, on a thread or in a process of its own. ``submit`` is the
+only way down; a Stream is the only way up. It refuses early what the engine has no room for, before anything is
+allocated.
 """
 
 from __future__ import annotations
@@ -8,16 +9,13 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 
 from adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.detokenizer import TokenTable
-from engine.engine import Engine
-from engine.errors import ContextTooLong, Draining, EngineDown, QueueFull
-from engine.grammar import GrammarCompiler
+from engine.errors import ContextTooLong, Draining, EngineDown, EngineError, QueueFull
 from engine.memory import MemoryPlan
 from engine.messages import (
     Abort,
@@ -28,7 +26,6 @@ from engine.messages import (
     LoadReport,
     Outbound,
     Started,
-    Stop,
     Submit,
     UnloadAdapter,
     UnloadReport,
@@ -36,12 +33,12 @@ from engine.messages import (
 from engine.reading import Answer, Stream
 from engine.request import GenerationRequest
 from engine.sampling import GrammarSpec
-from engine.status import EngineStatus, StatusBoard
+from engine.status import EngineStatus
 from engine.stream import TextAssembler
+from engine.transport import Transport
 
 DEFAULT_RETRY_AFTER_S = 1.0
 NUM_COMPILERS = 2
-STOP_TIMEOUT_S = 30.0  # for the step that is running
 
 
 class EngineClient:
@@ -51,14 +48,12 @@ class EngineClient:
         self,
         config: EngineConfig,
         max_model_len: int,
-        grammars: GrammarCompiler,
         tokens: TokenTable,
         memory: MemoryPlan,
     ) -> None:
         self._config = config
         self.memory = memory
         self.max_model_len = max_model_len
-        self._grammars = grammars
         # threads of their own: schemas that take long hold up other schemas, and nothing else
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="lorikeet-grammar")
         self._tokens = tokens
@@ -66,20 +61,15 @@ class EngineClient:
         self._waiting: dict[str, int] = {}  # request id -> prompt tokens, until it is started
         self._lock = threading.Lock()
         self._is_draining = False
-        self._thread: threading.Thread | None = None
         self._recent_starts: deque[float] = deque(maxlen=64)
 
-    def start(self, engine: Engine, board: StatusBoard, on_stopped: Callable[[], None]) -> None:
-        """Run the engine on its own thread; ``on_stopped`` is called once it has ended."""
-        self._engine = engine
-        self._board = board
-        self._on_stopped = on_stopped
-        self._thread = threading.Thread(target=engine.run, name="lorikeet-engine", daemon=True)
-        self._thread.start()
+    def connect(self, transport: Transport) -> None:
+        """Once, before anything is asked of it."""
+        self._transport = transport
 
     @property
     def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._transport.is_alive
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -94,18 +84,20 @@ class EngineClient:
         with self._lock:
             self._reserve(request)
             self._streams[request.request_id] = stream
-        self._engine.inbox.put(Submit(request))
+        self._transport.send(Submit(request))
         return stream
 
     async def compile_grammar(self, spec: GrammarSpec) -> None:
         """Compile a grammar off the loop and off the step, so that its request is born at once. Raises GrammarError."""
-        await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, spec)
+        await asyncio.get_running_loop().run_in_executor(
+            self._compilers, self._transport.compile_grammar, spec
+        )
 
     def _refuse(self, request: GenerationRequest) -> None:
         if self._is_draining:
             raise Draining("the server is draining; send the request to another one")
         if not self.is_alive:
-            raise EngineDown("the engine is not running")
+            raise EngineDown("the engine is not running; try again soon")
         num_tokens = len(request.prompt.ids)
         if num_tokens >= self.max_model_len:
             raise ContextTooLong(num_tokens, self.max_model_len - 1)
@@ -133,7 +125,7 @@ class EngineClient:
 
     def _close_stream(self, request_id: str, reason: FinishReason) -> None:
         self._forget(request_id)
-        self._engine.inbox.put(Abort(request_id, reason))
+        self._transport.send(Abort(request_id, reason))
 
     def _forget(self, request_id: str) -> None:
         with self._lock:
@@ -172,6 +164,12 @@ class EngineClient:
             for stream, _ in batch:
                 self._close_stream(stream.request_id, "abort")
 
+    def fail_streams(self, error: EngineError) -> None:
+        """The engine is gone: everybody who waits for it is told. From any thread."""
+        with self._lock:
+            request_ids = list(self._streams)
+        self.deliver([Failed(request_id, error) for request_id in request_ids])
+
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     async def load_adapter(self, ref: AdapterRef, *, pin: bool = False) -> LoadReport:
@@ -181,14 +179,14 @@ class EngineClient:
         """
         answer: Answer[LoadReport] = Answer()
         self._require_alive()
-        self._engine.inbox.put(LoadAdapter(ref, pin, answer.reply))
+        self._transport.send(LoadAdapter(ref, pin, answer.reply))
         return await answer.future
 
     async def unload_adapter(self, ref: AdapterRef, *, timeout_s: float = 30.0) -> UnloadReport:
         """Free an adapter once its sequences have ended. Raises AdapterBusy when they have not in time."""
         answer: Answer[UnloadReport] = Answer()
         self._require_alive()
-        self._engine.inbox.put(UnloadAdapter(ref, timeout_s, answer.reply))
+        self._transport.send(UnloadAdapter(ref, timeout_s, answer.reply))
         return await answer.future
 
     def _require_alive(self) -> None:
@@ -199,7 +197,7 @@ class EngineClient:
 
     def status(self) -> EngineStatus:
         """The engine's latest picture of itself, at most one step old; cheap, safe from any thread."""
-        return self._board.read(self.is_alive, self._is_draining)
+        return self._transport.read_status(self._is_draining)
 
     @property
     def is_draining(self) -> bool:
@@ -216,10 +214,7 @@ class EngineClient:
         """Stop the engine; streams still alive fail with Draining. Idempotent."""
         self._is_draining = True
         self._compilers.shutdown(wait=False, cancel_futures=True)
-        if self._thread is not None and self._thread.is_alive():
-            self._engine.inbox.put(Stop())
-            self._thread.join(timeout=STOP_TIMEOUT_S)
-            self._on_stopped()
+        self._transport.close()
 
 
 def _push_all(batch: list[tuple[Stream, list[Outbound]]]) -> None:

@@ -5,11 +5,14 @@ each step; nobody else writes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from adapters.ref import AdapterRef
+
+HUNG_AFTER_S = 60.0
+"""No step takes so long unless something is wrong: a device that hangs, or memory that swaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class EngineStatus:
     steps: int
     heartbeat_age_s: float
     num_recoveries: int = 0
+    is_restarting: bool = False
+    """It died or hung, and a new one is being started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,12 @@ class Picture:
     num_recoveries: int
 
 
+def idle_picture(num_slots: int) -> Picture:
+    """Of an engine that holds nothing, or that is gone."""
+    slots = tuple(SlotStatus(i, None, "free", False, 0, 0) for i in range(num_slots))
+    return Picture({}, {}, 0, 0, SwapsPicture(slots, 0, frozenset(), 0), 0, 0)
+
+
 class StatusBoard:
     """One writer, any readers: assignment of one reference is all that is shared."""
 
@@ -82,14 +93,26 @@ class StatusBoard:
         self._kv_blocks_total = kv_blocks_total
         self._picture = first
         self._heartbeat_s = time.monotonic()
+        self.on_publish: Callable[[Picture], None] | None = None
+        """Called on the engine's thread with each picture: for a reader in another process."""
 
-    def beat(self) -> None:
-        """The engine's loop is turning."""
-        self._heartbeat_s = time.monotonic()
+    @property
+    def picture(self) -> Picture:
+        return self._picture
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        return time.monotonic() - self._heartbeat_s
+
+    def beat(self, age_s: float = 0.0) -> None:
+        """The engine's loop was turning so long ago."""
+        self._heartbeat_s = time.monotonic() - age_s
 
     def publish(self, picture: Picture) -> None:
         self._picture = picture
         self.beat()
+        if self.on_publish is not None:
+            self.on_publish(picture)
 
     def read(self, is_alive: bool, is_draining: bool) -> EngineStatus:
         picture = self._picture
@@ -107,6 +130,6 @@ class StatusBoard:
             host_refs=picture.swaps.host_refs,
             slot_bank_bytes=picture.swaps.slot_bank_bytes,
             steps=picture.num_steps,
-            heartbeat_age_s=time.monotonic() - self._heartbeat_s,
+            heartbeat_age_s=self.heartbeat_age_s,
             num_recoveries=picture.num_recoveries,
         )

@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Literal
 
 import orjson
 
-ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+from engine.traces import trace_of as trace_of  # one line a failure, in both processes
 
 _QUIET = (
     "uvicorn",
@@ -72,20 +70,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             fields["trace"] = trace_of(record.exc_info)
         return orjson.dumps(fields).decode()
-
-
-def trace_of(exc_info: ExcInfo) -> str:
-    """``ValueError@server.routes.chat:41>engine.client:17``: the class, then the places from the outside in."""
-    kind, error, _ = exc_info
-    if kind is None or error is None:
-        return "-"
-    return f"{kind.__name__}@" + ">".join(_places(error.__traceback__))
-
-
-def _places(trace: TracebackType | None) -> Iterator[str]:
-    while trace is not None:
-        yield f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
-        trace = trace.tb_next
 
 
 def _time(record: logging.LogRecord) -> str:

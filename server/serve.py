@@ -23,8 +23,8 @@ from server.places import PlaceError, adapter_roots, open_state_dir, remote_sour
 
 if TYPE_CHECKING:
     from adapters.sources.remote import RemoteSources
-    from base.model import BaseModel
     from engine.memory import MemoryPlan
+    from server.housing import House
     from server.roots import RootsReport
     from server.settings import Settings
     from server.startpage import StartPage
@@ -130,15 +130,23 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 @contextmanager
 def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     """Everything that is behind the routes, and the start page; closed again at the end."""
-    ring, roots, (state_dir, does_last), remotes = _check_places(settings)
-    base = _load(settings)
+    places = _check_places(settings)
+    from server.housing import HousingError, housing
+
+    try:
+        with housing(settings, places[2][0] / "packages") as house:
+            yield from _opened(settings, house, places)
+    except HousingError as error:
+        raise StartError(str(error)) from error
+
+
+def _opened(settings: Settings, house: House, places: Places) -> Iterator[tuple[ServerState, StartPage]]:
+    """The state over a base that is there; closed again at the end."""
+    ring, roots, (state_dir, does_last), remotes = places
     from adapters.errors import AdapterError
     from adapters.registry import Registry
-    from adapters.sites import discover_sites
     from adapters.sources.local import LocalSource
     from adapters.validation import Limits
-    from engine.build import build_engine
-    from engine.exhaustion import is_out_of_memory
     from server.auth import Gate
     from server.media import MediaLoader
     from server.metrics import Metrics
@@ -148,15 +156,15 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     from server.uploads import Uploads
 
     limits = Limits(max_rank=settings.max_rank, max_package_bytes=int(settings.max_adapter_size))
-    metrics = Metrics(base.spec.name)
-    sites, names = discover_sites(base.module), _base_names(settings, base.spec.name)
+    metrics = Metrics(house.spec.name)
+    names = _base_names(settings, house.spec.name)
     try:
         registry = Registry(
             state_dir,
-            sites,
+            house.sites,
             limits,
             names,
-            base_fingerprint=base.spec.fingerprint,
+            base_fingerprint=house.spec.fingerprint,
             read_defaults=package_defaults,
             max_store_bytes=None if settings.adapter_store_size is None else int(settings.adapter_store_size),
             on_deleted=metrics.count_deleted,
@@ -168,22 +176,15 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
     source = LocalSource(roots)
     report = register_roots(source, registry, state_dir)
     config = settings.engine_config()
-    try:
-        engine = build_engine(base, registry, config, metrics)
-    except (ValueError, MemoryError) as error:
-        raise StartError(str(error)) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise StartError("the device has no memory for the engine: lower kv_memory or num_slots") from error
+    engine = house.open_engine(registry, metrics)
     state = ServerState(
         settings=settings,
         registry=registry,
         source=source,
         engine=engine,
-        processor=base.processor,
-        base=base.spec,
-        media=MediaLoader.of(settings, base.processor.images.max_pixels),
+        processor=house.processor,
+        base=house.spec,
+        media=MediaLoader.of(settings, house.processor.images.max_pixels),
         metrics=metrics,
         gate=Gate(ring, is_loopback=settings.is_loopback),
         uploads=uploads,
@@ -198,7 +199,7 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         lambda: registry.store_bytes,
     )
     try:
-        yield state, _page(state, base, engine.memory, report, None if does_last else state_dir)
+        yield state, _page(state, house, engine.memory, report, None if does_last else state_dir)
     finally:
         engine.close()
         uploads.close()
@@ -206,26 +207,16 @@ def _state(settings: Settings) -> Iterator[tuple[ServerState, StartPage]]:
         registry.close()
 
 
-def _check_places(
-    settings: Settings,
-) -> tuple[KeyRing, tuple[Path, ...], tuple[Path, bool], RemoteSources]:
+Places = tuple[KeyRing, tuple[Path, ...], tuple[Path, bool], "RemoteSources"]
+
+
+def _check_places(settings: Settings) -> Places:
     """What can be wrong with the operator's files, found before the base is loaded."""
     try:
         ring = read_keys(settings.api_key, settings.api_keys_file)
         roots, state_dir = adapter_roots(settings), open_state_dir(settings)
         return ring, roots, state_dir, remote_sources(settings, state_dir[0])
     except (KeyFileError, PlaceError) as error:
-        raise StartError(str(error)) from error
-
-
-def _load(settings: Settings) -> BaseModel:
-    logger.info("server.loading base=%s", settings.base)
-    from base.errors import BaseError
-    from base.loader import load_base
-
-    try:
-        return load_base(settings.base_config())
-    except BaseError as error:
         raise StartError(str(error)) from error
 
 
@@ -236,7 +227,7 @@ def _base_names(settings: Settings, served: str) -> tuple[str, ...]:
 
 
 def _page(
-    state: ServerState, base: BaseModel, plan: MemoryPlan, report: RootsReport, passing_dir: Path | None
+    state: ServerState, house: House, plan: MemoryPlan, report: RootsReport, passing_dir: Path | None
 ) -> StartPage:
     from server.startpage import StartPage
     from server.version import VERSION
@@ -251,8 +242,8 @@ def _page(
         notes.append("Note: other machines can use this server without a key; its admin routes are off.")
     return StartPage(
         url=_url(settings.host, settings.port),
-        base=base.spec.name,
-        device=str(base.device),
+        base=house.spec.name,
+        device=house.device,
         adapters=[entry.ref.name for entry in state.registry.entries()],
         skipped=report.failures,
         memory=plan.parts,

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     # ---- the engine's budgets
     device_memory: BudgetText = _set("auto", "bytes, share or auto", "Of all that is on the device: 70GiB or 0.9. auto "
                                      "is 0.9 of a GPU where kv_memory is open, and no bound on a CPU.")
+    engine_process: Literal["auto", "yes", "no"] = _set(
+        "auto", "yes, no or auto", "A process of its own for the engine, so that no stream waits for its Python and it "
+        "is started anew if it dies; auto: on a GPU.")
     kv_memory: ByteSize | None = _set(None, "bytes", "Keys and values of all sequences; none is what device_memory "
                                       "leaves, and 256 MiB without it.")
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")

@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 from adapters.sources.remote import RemoteSources
 from engine.messages import LoadReport, UnloadReport
 from engine.request import GenerationRequest
-from engine.status import EngineStatus
+from engine.status import HUNG_AFTER_S, EngineStatus
 from server.quotas import Quotas
 from server.shadows import Shadows
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from server.metrics import Metrics
     from server.settings import Settings
     from server.uploads import Uploads
-
-HUNG_AFTER_S = 60.0
-"""No step takes so long unless something is wrong: a device that hangs, or memory that swaps."""
 
 
 class TokenStream(Protocol):
@@ -148,7 +145,8 @@ def unready_reasons(state: ServerState) -> list[str]:
     if state.drain.is_draining or status.is_draining:
         reasons.append("draining")
     if not status.is_alive:
-        reasons.append("the engine is not running")
+        is_coming = status.is_restarting
+        reasons.append("the engine is being restarted" if is_coming else "the engine is not running")
     if status.is_alive and status.heartbeat_age_s > HUNG_AFTER_S:
         reasons.append(f"the engine's step has taken {status.heartbeat_age_s:.0f} s")
     if not reasons and not status.is_ready:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterError, AdapterNotFound
-from engine.errors import EngineError
+from engine.errors import EngineDown, EngineError
 from server.errors import WireError
 from server.loading import bring, free
 
@@ -90,6 +90,8 @@ class Upkeep:
         try:
             await work
             logger.info("upkeep.agreed ref=%s", ref)
+        except EngineDown:
+            logger.info("upkeep.postponed ref=%s", ref)  # until the engine is back
         except (AdapterError, EngineError, WireError) as error:
             self._failed.add(ref)
             logger.warning("upkeep.failed ref=%s error=%s", ref, type(error).__name__)

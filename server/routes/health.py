@@ -17,8 +17,10 @@ router = APIRouter(tags=["health"])
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Liveness: 200 while the process and its engine run; 503 asks for a restart. Never touches the device."""
-    is_alive = state_of(request).engine.status().is_alive
+    """Liveness: 200 while the process and its engine run, or the engine is being restarted; 503 asks for a restart of
+    the whole. Never touches the device."""
+    status = state_of(request).engine.status()
+    is_alive = status.is_alive or status.is_restarting
     return json_reply({"status": "ok" if is_alive else "engine_dead"}, 200 if is_alive else 503)
 
 

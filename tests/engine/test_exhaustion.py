@@ -132,7 +132,7 @@ def test_images_that_do_not_fit_together_are_encoded_one_by_one(
 
     asyncio.run(rig.alone(ASKS))
     monkeypatch.setattr(BaseModel, "embed_images", short)
-    rig.engine._engine._executor._runner.free_memory()  # the pictures of a quiet day are in the cache
+    rig.core._executor._runner.free_memory()  # the pictures of a quiet day are in the cache
     assert asyncio.run(rig.alone([ASKS[1]]))[0].token_ids == quiet[1].token_ids
     assert counts == [2, 1, 1]
 

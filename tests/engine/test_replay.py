@@ -198,7 +198,7 @@ def test_a_package_cannot_make_the_server_ask_more_than_its_two_prompts(
 
     monkeypatch.setattr(Runner, "run", counted)
     assert load(rig, folder, "flood") is not None
-    longest = max(len(prompt.ids) for prompt in rig.engine._engine._swaps._proving._probe._prompts.values())
+    longest = max(len(prompt.ids) for prompt in rig.core._swaps._proving._probe._prompts.values())
     assert len(rows) <= 3
     assert max(rows) <= longest
 

@@ -196,4 +196,4 @@ def test_an_adapter_that_does_nothing_to_the_logits_is_refused_by_the_probe(
 
 def rig_probe_forgets(rig: Rig) -> None:
     """Every content is new to the probe again."""
-    rig.engine._engine._swaps._proving._proven.clear()
+    rig.core._swaps._proving._proven.clear()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
@@ -21,11 +22,13 @@ from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
 from engine.config import DEFAULT_KV_BYTES, EngineConfig
+from engine.engine import Engine
 from engine.observer import Event
 from engine.reading import Stream
 from engine.request import GenerationRequest
 from engine.sampling import SamplingParams
 from engine.stream import Delta, Finish
+from engine.transport import ThreadTransport
 
 _numbers = itertools.count()
 
@@ -110,6 +113,11 @@ class Rig:
     async def alone(self, asks: Sequence[Ask]) -> list[Answer]:
         """One after the other."""
         return [await self.answer(ask) for ask in asks]
+
+    @property
+    def core(self) -> Engine:
+        """The engine behind the client, for tests that look inside or plant a fault."""
+        return cast(ThreadTransport, self.engine._transport)._engine
 
     def close(self) -> None:
         self.engine.close()
