@@ -190,7 +190,7 @@ def test_the_curl_line_is_one_shell_command_with_valid_json(
 def test_a_start_that_cannot_succeed_says_why_before_the_base_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.serve._load", lambda settings: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("server.housing.housing", lambda *_: pytest.fail("the base was loaded"))
     monkeypatch.setattr("server.serve.configure_logging", lambda level, kind: None)
     keys = tmp_path / "keys.toml"
     keys.write_text("")
