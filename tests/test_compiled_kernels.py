@@ -85,6 +85,17 @@ def holds_fours_of_a_row(layout: str) -> bool:
     return sizes is not None and int(sizes[1]) % 4 == 0 and "order = [1, 0]" in layout
 
 
+def test_everything_but_the_kernels_imports_without_triton() -> None:
+    names = ("adapters.layer", "adapters.triton_lora", "base.triton_attention", "base.ops.nf4_linear")
+    code = (
+        "import sys, importlib\nsys.modules['triton'] = None\n"
+        f"for name in {names}:\n    importlib.import_module(name)\n"
+        "from adapters.ops.triton_ops import has_triton\nassert not has_triton()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_planted_layout_across_rows_is_found() -> None:
     assert not holds_fours_of_a_row("#ttg.linear<{register = [[0, 1], [8, 0], [0, 2]], lane = []}>")
     assert not holds_fours_of_a_row("#ttg.blocked<{sizePerThread = [1, 2], order = [1, 0]}>")
