@@ -37,6 +37,10 @@ fi
 flags="--serve=--device=$device --serve=--num-slots=$slots --serve=--max-rank=16 --serve=--max-running=96"
 export flags="$flags --serve=--host-adapter-memory=12GiB"
 
+# the peers' workers need room beside our server, which would take 0.9 of a GPU
+share="" && [ "$rehearse" = 1 ] || share="--serve=--device-memory=0.4"
+export share
+
 began=$(date +%s) summary="$out/gpu-stages.jsonl" num_bad=0
 : > "$summary"
 
@@ -81,7 +85,7 @@ stage decode7b 110 "cells() { $cells; }; cells large"
 one='lorikeet bench run $names --base "$work/small" --adapter-root "$work/small-adapters" --size "$size" --repeats "$repeats" $calls $flags --out "$out"'
 stage image 60 "names='one-picture pictures'; $one"
 stage swap 60 "names='storm working-set distinct-64'; [ $rehearse = 0 ] || names=storm; $one"
-stage peers 110 'lorikeet bench peers closed-8 --base "$work/small" --adapter-root "$work/small-adapters" --kinds generate,set-adapter,adapter-names --size "$size" --repeats 1 --calls 8 $flags --out "$out"'
+stage peers 110 'lorikeet bench peers closed-8 --base "$work/small" --adapter-root "$work/small-adapters" --kinds generate,set-adapter,adapter-names --size "$size" --repeats 1 --calls 8 $flags $share --out "$out"'
 stage report 20 'lorikeet bench report "$out"/*.json --markdown > "$out/gpu-report.md"; tail -n 40 "$out/gpu-report.md"'
 
 echo "== done in $(($(date +%s) - began)) s; $num_bad stages failed or did not fit"
