@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["nf4", "none"]
-CpuLinear = Literal["auto", "dequantised", "packed", "unpacked"]
+CpuLinear = Literal["auto", "float32", "dequantised", "packed", "unpacked"]
 
 POCKET = "pocket"
 
@@ -33,6 +33,6 @@ class BaseConfig:
     max_pixels: int | None = None
     """Overrides the checkpoint's largest area of a resized image."""
     cpu_linear: CpuLinear = "auto"
-    """How 4-bit linears compute on a CPU: see base/linear.py. Not used on other devices."""
+    """How linears compute on a CPU: see base/linear.py. Not used on other devices."""
     local_files_only: bool = False
     """Never ask the hub, use what it left in its cache."""

@@ -4,7 +4,9 @@ bitsandbytes computes a 4-bit linear on a CPU in one of two ways: "unpacked" deq
 multiplies in 16 bits; "packed" (only with AVX512-BF16, and shapes that its kernel takes) repacks the weight in place
 and multiplies from 4 bits, with block scales rounded to bfloat16 (0.3 % apart). To these comes
 "dequantised": the unpacked way's own weight, kept; equal to it to the bit, several times faster for few rows, at
-2 bytes a parameter.
+2 bytes a parameter; and "float32": the same weight widened (base/float32_linear.py), at 4 bytes, for CPUs that only
+imitate bfloat16 products. There the linears that never had 4 bits (the head, the vision tower) gain as much, so they
+follow.
 
 Owns: that choice. Place in a request's way: none; once, at load (the linears themselves run in step 8).
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from copy import copy
 from typing import Final
 
@@ -24,9 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from base.config import CpuLinear
+from base.float32_linear import Float32Linear, has_float32_product
 
 DEQUANTISED_BYTES_LIMIT: Final = 2 << 30
 """``auto`` keeps dequantised weights up to this many bytes: the pocket base by far, no published Qwen2.5-VL."""
+FLOAT32_BYTES_LIMIT: Final = 8 << 30
+"""``auto`` keeps float32 weights up to this many bytes, all linears together, where bfloat16 is imitated."""
 logger = logging.getLogger("lorikeet.base")
 
 
@@ -98,7 +104,7 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
     Takes what the loader leaves (on any device) and plain linears. Raises TypeError for anything else, and ValueError
     for a 4-bit linear that was packed without us, whose weight can be had only roughly.
     """
-    if isinstance(linear, PackedLinear):
+    if isinstance(linear, PackedLinear | Float32Linear):
         return linear.dequantised_weight().float()
     if isinstance(linear, Linear4bit):
         state = quant_state(linear)
@@ -113,30 +119,74 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
 
 
 def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
-    """Fix how each 4-bit linear below ``module``, all on the CPU, computes. Changes ``module`` in place."""
+    """Fix how each linear below ``module``, all on the CPU, computes. Changes ``module`` in place.
+
+    Linears in 16 bits stay as they are, but for the way "float32". Raises ValueError for that way where torch lacks it.
+    """
     names = four_bit_names(module)
     if how == "auto":
-        num_bytes = 2 * sum(_num_weights(module.get_submodule(name)) for name in names)
-        how = "dequantised" if num_bytes <= DEQUANTISED_BYTES_LIMIT else "packed"
+        how = _choose(module, names)
+    if how == "float32" and not has_float32_product():
+        raise ValueError("this build of torch has no oneDNN: cpu_linear float32 is not to be had")
     settled = Counter(_settle(module, name, how) for name in names)
+    num_plain = _widen_plain_linears(module) if how == "float32" else 0
     logger.info(
-        "base.cpu_linears %s", " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0"
+        "base.cpu_linears %s plain_in_float32=%d",
+        " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0",
+        num_plain,
     )
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products, rather than an imitation."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _choose(module: nn.Module, names: Sequence[str]) -> CpuLinear:
+    """What ``auto`` means here: float32 where bfloat16 is imitated, else 16 bits; each while it fits its limit."""
+    num_weights = sum(_num_weights(module.get_submodule(name)) for name in names)
+    if not multiplies_bf16() and has_float32_product():
+        num_plain = sum(_num_weights(module.get_submodule(name)) for name in _plain_names(module))
+        if 4 * (num_weights + num_plain) <= FLOAT32_BYTES_LIMIT:
+            return "float32"
+    return "dequantised" if 2 * num_weights <= DEQUANTISED_BYTES_LIMIT else "packed"
+
+
 def _settle(module: nn.Module, name: str, how: CpuLinear) -> CpuLinear:
-    """Fix one 4-bit linear; the way that it came to."""
+    """Settle one 4-bit linear; the way it got, which is "unpacked" where the wanted one does not take its shape."""
     linear = module.get_submodule(name)
     if not isinstance(linear, Linear4bit):
         raise TypeError(f"{name} is no 4-bit linear")
     linear.support_avx512bf16_for_cpu = False
     if how == "dequantised":
         module.set_submodule(name, _dequantised(linear))
+    elif how == "float32":
+        kept = _dequantised(linear)
+        module.set_submodule(name, Float32Linear(kept.weight, kept.bias, is_quantised=True))
     elif how == "packed" and can_pack(linear):
         module.set_submodule(name, PackedLinear(linear))
     else:
         return "unpacked"
     return how
+
+
+def _plain_names(module: nn.Module) -> list[str]:
+    """Names of the linears below ``module`` that never had 4 bits; Linear4bit is a Linear too."""
+    return [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not isinstance(child, Linear4bit)
+    ]
+
+
+def _widen_plain_linears(module: nn.Module) -> int:
+    """Put a Float32Linear in the place of each; a head that shares the embeddings leaves them as they are."""
+    names = _plain_names(module)
+    for name in names:
+        linear = module.get_submodule(name)
+        if isinstance(linear, nn.Linear):
+            module.set_submodule(name, Float32Linear(linear.weight, linear.bias, is_quantised=False))
+    return len(names)
 
 
 def quant_state(linear: Linear4bit) -> QuantState:

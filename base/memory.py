@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
+from base.float32_linear import Float32Linear
 from base.linear import PackedLinear, quant_state
 
 PARTS = ("language_4bit", "language", "embeddings", "vision", "head", "other")
@@ -25,6 +26,8 @@ def memory_by_part(module: nn.Module) -> dict[str, int]:
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 totals[_part(name, child)] += tensor.numel() * tensor.element_size()
+        if isinstance(child, Float32Linear):  # its tensors have no storage to see
+            totals[_part(name, child)] += child.num_bytes
     return totals
 
 

@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     quantization: Literal["nf4", "none"] = _set("nf4", "kind", "4 bits let a 7B base fit 8 GB; none is for comparison.")
     dtype: Literal["bfloat16", "float16", "float32"] = _set("bfloat16", "type", "What the bases were trained in.")
     device: str = _set("auto", "torch device", "auto is CUDA where there is one, else the CPU.")
-    cpu_linear: Literal["auto", "dequantised", "packed", "unpacked"] = _set(
-        "auto", "kind", "How 4-bit layers compute on a CPU: auto keeps a 16-bit copy where that is small.")
+    cpu_linear: Literal["auto", "float32", "dequantised", "packed", "unpacked"] = _set(
+        "auto", "kind", "How layers compute on a CPU: auto keeps float32 or, with AVX512-BF16, 16-bit copies.")
     min_pixels: Count | None = _set(None, "pixels", "Smallest area an image is resized to; none is the checkpoint's.")
     max_pixels: Count | None = _set(None, "pixels", "Largest area an image is resized to; none is the checkpoint's.")
     local_files_only: bool = _set(False, "yes or no", "Yes never asks the hub: for machines without a network.")

@@ -47,3 +47,23 @@ def tiny_oracle(tiny_folder: Path) -> Oracle:
 @pytest.fixture(scope="session")
 def odd_oracle(odd_folder: Path) -> Oracle:
     return Oracle(odd_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_dequantised(tiny_folder: Path) -> BaseModel:
+    return load_base(BaseConfig(source=str(tiny_folder), cpu_linear="dequantised"))
+
+
+@pytest.fixture(scope="session")
+def odd_dequantised(odd_folder: Path) -> BaseModel:
+    return load_base(BaseConfig(source=str(odd_folder), cpu_linear="dequantised"))
+
+
+@pytest.fixture(scope="session")
+def tiny_float32(tiny_folder: Path) -> BaseModel:
+    return load_base(BaseConfig(source=str(tiny_folder), cpu_linear="float32"))
+
+
+@pytest.fixture(scope="session")
+def odd_float32(odd_folder: Path) -> BaseModel:
+    return load_base(BaseConfig(source=str(odd_folder), cpu_linear="float32"))

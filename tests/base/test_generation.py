@@ -29,16 +29,22 @@ def prompts(base: BaseModel) -> list[PromptInputs]:
 
 
 @pytest.mark.parametrize("which", ["tiny", "odd"])
-def test_greedy_tokens_equal_transformers(which: str, request: pytest.FixtureRequest) -> None:
-    base: BaseModel = request.getfixturevalue(which)
+@pytest.mark.parametrize(
+    ("way", "margin", "least"), [("dequantised", 0.05, 2 * NUM_TOKENS), ("float32", 0.1, NUM_TOKENS)]
+)
+def test_greedy_tokens_equal_transformers(
+    which: str, way: str, margin: float, least: int, request: pytest.FixtureRequest
+) -> None:
+    """float32 sums in another order: there a lead of one last bit of a bfloat16 logit (0.0625) is not certain."""
+    base: BaseModel = request.getfixturevalue(f"{which}_{way}")
     oracle: Oracle = request.getfixturevalue(f"{which}_oracle")
     num_certain = 0
     for prompt in prompts(base):
         reference = oracle.generate(prompt, NUM_TOKENS)
-        assert same_where_certain(generate_greedy(base, prompt, NUM_TOKENS), reference)
-        assert same_where_certain(generate_greedy(base, prompt, NUM_TOKENS, chunk=5), reference)
-        num_certain += reference.num_certain()
-    assert num_certain >= 2 * NUM_TOKENS  # or the comparison would say little
+        assert same_where_certain(generate_greedy(base, prompt, NUM_TOKENS), reference, margin)
+        assert same_where_certain(generate_greedy(base, prompt, NUM_TOKENS, chunk=5), reference, margin)
+        num_certain += reference.num_certain(margin)
+    assert num_certain >= least  # or the comparison would say little
 
 
 def test_another_prompts_picture_changes_the_tokens(odd: BaseModel, odd_oracle: Oracle) -> None:
@@ -48,7 +54,7 @@ def test_another_prompts_picture_changes_the_tokens(odd: BaseModel, odd_oracle: 
     assert not same_where_certain(generate_greedy(odd, second, NUM_TOKENS), reference)
 
 
-@pytest.mark.parametrize("which", ["tiny", "odd"])
+@pytest.mark.parametrize("which", ["tiny_dequantised", "odd_dequantised", "tiny_float32", "odd_float32"])
 def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(
     which: str, request: pytest.FixtureRequest
 ) -> None:
@@ -75,7 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(
         assert torch.equal(base.logits(torch.cat(together)[-1:])[0], base.logits(torch.cat(together))[-1])
 
 
-@pytest.mark.parametrize("which", ["tiny", "odd"])
+@pytest.mark.parametrize("which", ["tiny_dequantised", "odd_dequantised", "tiny_float32", "odd_float32"])
 def test_an_image_does_not_depend_on_the_others_to_the_bit(
     which: str, request: pytest.FixtureRequest
 ) -> None:

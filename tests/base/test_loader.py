@@ -176,10 +176,14 @@ def test_memory_is_counted_by_part(
     assert tied["embeddings"] == 512 * 128 * 2
     num_weights = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
     assert 0.5 * num_weights < tied["language_4bit"] < 0.6 * num_weights + 2 * 4000
-    untied = load_base(BaseConfig(source=str(odd_folder))).memory_by_part
+    untied = load_base(BaseConfig(source=str(odd_folder), cpu_linear="dequantised")).memory_by_part
     assert untied["head"] == 640 * 448 * 2
     assert untied["language_4bit"] == 0
     assert untied["language"] > 0
+    wide = load_base(BaseConfig(source=str(odd_folder), cpu_linear="float32")).memory_by_part
+    assert wide["head"] == 640 * 448 * 4
+    assert wide["language"] == 2 * untied["language"]
+    assert wide["embeddings"] == untied["embeddings"]
 
 
 def test_the_fingerprint_follows_weights_settings_and_nothing_else(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pair(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    rig = Rig(str(CHECKPOINT), tmp_path_factory.mktemp("state"))
+    rig = Rig(str(CHECKPOINT), tmp_path_factory.mktemp("state"), cpu_linear="dequantised")
     rig.register(packages)
     oracle = Oracle(CHECKPOINT, adapters={name: packages[name] for name in sorted(ADAPTERS)})
     for name, weights in COMPOSITIONS.items():

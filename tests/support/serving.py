@@ -17,7 +17,7 @@ from adapters.ref import BASE, AdapterRef
 from adapters.registry import Registry
 from adapters.sites import discover_sites
 from adapters.validation import Limits
-from base.config import BaseConfig
+from base.config import BaseConfig, CpuLinear
 from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
@@ -64,9 +64,14 @@ class Rig:
     """Base, registry and engine in one; ``close`` it. Asks run their full length: end tokens are ordinary ones."""
 
     def __init__(
-        self, checkpoint: str, state: Path, config: EngineConfig | None = None, device: str = "cpu"
+        self,
+        checkpoint: str,
+        state: Path,
+        config: EngineConfig | None = None,
+        device: str = "cpu",
+        cpu_linear: CpuLinear = "auto",
     ) -> None:
-        self.base = load_base(BaseConfig(source=checkpoint, device=device))
+        self.base = load_base(BaseConfig(source=checkpoint, device=device, cpu_linear=cpu_linear))
         self.sites = discover_sites(self.base.module)
         self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
         self.recorder = Recorder()

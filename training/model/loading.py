@@ -17,7 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from base.config import BaseConfig
-from base.linear import dequantised_weight
+from base.linear import dequantised_weight, multiplies_bf16
 from base.loader import load_base
 from base.model import BaseModel
 from training.recipe.recipe import Recipe
@@ -70,7 +70,7 @@ def _multiplies_bf16(device: str) -> bool:
     """Whether the device has instructions for it, rather than an imitation."""
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return torch.cuda.get_device_capability(None if device == "auto" else device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return multiplies_bf16()
 
 
 def keep_dequantised(module: nn.Module, max_bytes: int = DEQUANTISED_BYTES_LIMIT) -> None:
