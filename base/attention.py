@@ -1,7 +1,10 @@
-"""AttentionPlan, what one step's attention needs, and the attention function that follows it.
+"""AttentionPlan, what one step's attention needs; the seam of those who compute it; and the reference.
 
-The function is registered with transformers under ``LORIKEET_PAGED`` and reached by every language layer's own
-attention module; the plan comes to it as a keyword argument of the forward call, so nothing is kept between steps.
+``PagedAttention`` is the seam: chosen when the decoder is built (base/torch_attention.py here, kernels on a GPU), begun
+once a step, called once a layer.
+
+The reference is a function registered with transformers under ``LORIKEET_PAGED`` and reached by every language layer's
+own attention module; the plan comes to it as a keyword argument of the forward call, so nothing is kept between steps.
 It first writes the step's keys and values to the cache, then lets each segment attend, causally, to its own keys
 gathered by block table. Each segment is computed on its own, so a row's result does not depend on its neighbours.
 
@@ -11,7 +14,7 @@ Does not know: requests, adapters, who allocates blocks. Place in a request's wa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,53 @@ class AttentionPlan:
     key_cache: tuple[Tensor, ...]  # L of [num_blocks, block_size, num_kv_heads, head_dim]; written in place
     value_cache: tuple[Tensor, ...]  # as key_cache
     block_size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanTensors:
+    """A plan's facts on its device, in the form that kernels read. S segments, padded to the widest block table.
+
+    A CUDA graph reads them where they lay at its capture: give it buffers of the bucket's size, refilled in place. Rows
+    beyond the step's own need a context length of 0 and a slot of a block that nobody reads.
+    """
+
+    block_table: Tensor  # [S, max_blocks] int32; 0 beyond a segment's own blocks
+    context_lens: Tensor  # [S] int32
+    query_starts: Tensor  # [S + 1] int32
+    slot_mapping: Tensor  # [T] int64
+
+
+def plan_tensors(plan: AttentionPlan) -> PlanTensors:
+    """New tensors on the plan's device (``slot_mapping`` is the plan's own); one copy to the device each."""
+    device = plan.slot_mapping.device
+    width = max((len(table) for table in plan.block_tables), default=0)
+    padded = [[*table, *([0] * (width - len(table)))] for table in plan.block_tables]
+    return PlanTensors(
+        block_table=torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width).to(device),
+        context_lens=torch.tensor(plan.context_lens, dtype=torch.int32, device=device),
+        query_starts=torch.tensor(plan.query_starts, dtype=torch.int32, device=device),
+        slot_mapping=plan.slot_mapping,
+    )
+
+
+class LayerAttention(Protocol):
+    """One step's attention, called once a layer in order of the layers."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Write key and value to the layer's cache, then attend.
+
+        query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim], rotated -> as query.
+        """
+
+
+class PagedAttention(Protocol):
+    """How attention over the paged cache is computed; chosen when the decoder is built, and stateless."""
+
+    def begin(self, plan: AttentionPlan, dtype: torch.dtype) -> LayerAttention:
+        """Make what all layers of a step share: index tensors, masks. ``dtype`` is the queries'.
+
+        For a CUDA graph this is what happens before the capture; the result's calls only launch kernels.
+        """
 
 
 def register_attention() -> None:

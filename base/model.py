@@ -1,7 +1,7 @@
 """BaseModel: the resident model as the engine sees it, over transformers' own modules.
 
-Owns: the order in which those modules are called, and nothing that changes: no cache, no positions, no request.
-Linears are looked up at each call, never kept, so adapters may be attached and detached around them.
+Owns: the four calls of a step, and nothing that changes: no cache, no positions, no request. The language layers are
+run by ``Decoder``; transformers' own forward is the reference beside it.
 
 Place in a request's way: step 8, under the runner; one thread at a time.
 """
@@ -18,7 +18,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from base.attention import AttentionPlan, segments_of
 from base.config import BaseConfig
+from base.decoder import Decoder
 from base.prompt import Grid
+from base.torch_attention import TorchAttention
 
 if TYPE_CHECKING:
     from base.processor import Processor
@@ -67,6 +69,7 @@ class BaseModel:
         self.spec = spec
         self.processor = processor
         self.config = config
+        self.decoder = Decoder(module.model.language_model, TorchAttention())
         self.memory_by_part = dict(memory_by_part)
         """Bytes of ``language_4bit``, ``language`` (16-bit, CPU copies included), ``embeddings``, ``vision``,
         ``head`` (0 when tied) and ``other``."""
@@ -101,6 +104,11 @@ class BaseModel:
 
         Writes the plan's caches at its slots.
         """
+        return self.decoder.forward(embeds, positions, plan)
+
+    @torch.no_grad()
+    def reference_forward(self, embeds: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """As ``forward``, by transformers' own text model, module by module: slow, and what ``forward`` is held to."""
         output = self.module.model.language_model(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=positions.unsqueeze(1),

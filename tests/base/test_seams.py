@@ -35,7 +35,7 @@ def test_keyword_arguments_of_the_forward_call_reach_the_attention_function_unch
     embeds = torch.zeros(5, 128, dtype=torch.bfloat16)
     plan = PagedCache(tiny, 2).plan([Segment(embeds, torch.zeros(3, 5).long(), (0, 1), 0)])
     try:
-        tiny.forward(embeds, torch.zeros(3, 5).long(), plan)
+        tiny.reference_forward(embeds, torch.zeros(3, 5).long(), plan)
     finally:
         config._attn_implementation = LORIKEET_PAGED
     assert len(seen) == tiny.spec.num_layers

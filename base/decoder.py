@@ -1,0 +1,127 @@
+"""Decoder: the language layers, run over a flattened step with the weights of transformers' modules.
+
+It computes what transformers' ``Qwen2_5_VLTextModel.forward`` does, with the same roundings (bfloat16 between
+operations, norms in float32), and leaves out what a step does not need: masks, cache objects, batch dimensions, output
+records. The original stays as the reference: ``BaseModel.reference_forward``.
+
+Owns: the order of operations. Does not know how attention is computed (a ``PagedAttention``, chosen when it is made),
+nor adapters: linears are looked up at each call, never kept, so adapters may be attached and detached around them.
+
+A CUDA graph may be captured over ``run`` if embeds, positions and the tensors that the attention's step reads are
+buffers that are refilled in place: all of them then have the sizes of the captured bucket, and nothing here copies to
+the host or branches on a tensor.
+
+Place in a request's way: step 8, under the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from base.attention import AttentionPlan, LayerAttention, PagedAttention
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Norm:
+    """RMS norm as transformers rounds it: the row scaled in float32, rounded, then weighted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        weight, epsilon = module.weight, module.variance_epsilon
+        if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
+            raise TypeError(f"{type(module).__name__} is no RMS norm")
+        self._weight = weight
+        self._epsilon = epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> a new [T, H]."""
+        wide = x.to(torch.float32)
+        scale = wide.square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self._weight)
+
+
+class Rotary:
+    """cos and sin of a step's positions, made once for all layers. T tokens, D the head's size."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        """Both [T, D]."""
+        self._half = cos.shape[-1] // 2
+        self._cos = cos.unsqueeze(1)
+        # the sign of the rotated half, moved from the heads to the sines: the same bits, one operation less a layer
+        self._sin = torch.cat([-sin[:, : self._half], sin[:, self._half :]], dim=-1).unsqueeze(1)
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[T, heads, D] -> a new one."""
+        turned = torch.cat([heads[..., self._half :], heads[..., : self._half]], dim=-1)
+        return (heads * self._cos).add_(turned.mul_(self._sin))
+
+
+class DecoderLayer:
+    """One layer's modules."""
+
+    def __init__(self, index: int, module: nn.Module, head_dim: int) -> None:
+        self._index = index
+        self._attention = module.get_submodule("self_attn")._modules
+        self._mlp = module.get_submodule("mlp")._modules
+        self._norm_before_attention = Norm(module.get_submodule("input_layernorm"))
+        self._norm_before_mlp = Norm(module.get_submodule("post_attention_layernorm"))
+        self._head_dim = head_dim
+        self._scaling = head_dim**-0.5
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, attend: LayerAttention) -> Tensor:
+        """[T, H] -> a new [T, H]."""
+        hidden = self._attend(self._norm_before_attention(hidden), rotary, attend).add_(hidden)
+        return self._feed_forward(self._norm_before_mlp(hidden)).add_(hidden)
+
+    def _attend(self, x: Tensor, rotary: Rotary, attend: LayerAttention) -> Tensor:
+        heads = (x.shape[0], -1, self._head_dim)
+        project = self._attention
+        query = rotary(_linear(project, "q_proj")(x).view(heads))
+        key = rotary(_linear(project, "k_proj")(x).view(heads))
+        value = _linear(project, "v_proj")(x).view(heads)
+        attended = attend(self._index, query, key, value, self._scaling)
+        return _linear(project, "o_proj")(attended.flatten(1))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        mlp = self._mlp
+        gate = _linear(mlp, "act_fn")(_linear(mlp, "gate_proj")(x))
+        return _linear(mlp, "down_proj")(gate.mul_(_linear(mlp, "up_proj")(x)))
+
+
+def _linear(modules: dict[str, nn.Module | None], name: str) -> Linear:
+    """A child by name, without the detour of ``nn.Module.__getattr__``."""
+    module = modules[name]
+    if module is None:
+        raise KeyError(name)
+    return module
+
+
+class Decoder:
+    """All layers and the final norm of a text model, over the attention that was chosen at build."""
+
+    def __init__(self, text_model: Qwen2_5_VLTextModel, attention: PagedAttention) -> None:
+        head_dim = text_model.config.hidden_size // text_model.config.num_attention_heads
+        self.attention = attention
+        self._layers = [DecoderLayer(index, layer, head_dim) for index, layer in enumerate(text_model.layers)]
+        self._norm = Norm(text_model.norm)
+        self._rotary_emb = text_model.rotary_emb
+
+    def forward(self, embeds: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """embeds [T, H], positions [3, T] int64 -> final-normed [T, H]. Writes the plan's caches at its slots."""
+        return self.run(embeds, positions, self.attention.begin(plan, embeds.dtype))
+
+    def run(self, embeds: Tensor, positions: Tensor, attend: LayerAttention) -> Tensor:
+        """As ``forward``, over a step's attention that is begun already."""
+        cos, sin = self._rotary_emb(embeds, positions.unsqueeze(1))
+        rotary = Rotary(cos[0], sin[0])
+        hidden = embeds
+        for layer in self._layers:
+            hidden = layer(hidden, rotary, attend)
+        return self._norm(hidden)
