@@ -16,35 +16,17 @@ Place in a request's way: step 8, under the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from base.attention import AttentionPlan, LayerAttention, PagedAttention
+from base.children import child
+from base.norm import Norm
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
-Linear = Callable[[Tensor], Tensor]
-
-
-class Norm:
-    """RMS norm as transformers rounds it: the row scaled in float32, rounded, then weighted."""
-
-    def __init__(self, module: nn.Module) -> None:
-        weight, epsilon = module.weight, module.variance_epsilon
-        if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
-            raise TypeError(f"{type(module).__name__} is no RMS norm")
-        self._weight = weight
-        self._epsilon = epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] -> a new [T, H]."""
-        wide = x.to(torch.float32)
-        scale = wide.square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(self._weight)
 
 
 class Rotary:
@@ -83,24 +65,16 @@ class DecoderLayer:
     def _attend(self, x: Tensor, rotary: Rotary, attend: LayerAttention) -> Tensor:
         heads = (x.shape[0], -1, self._head_dim)
         project = self._attention
-        query = rotary(_linear(project, "q_proj")(x).view(heads))
-        key = rotary(_linear(project, "k_proj")(x).view(heads))
-        value = _linear(project, "v_proj")(x).view(heads)
+        query = rotary(child(project, "q_proj")(x).view(heads))
+        key = rotary(child(project, "k_proj")(x).view(heads))
+        value = child(project, "v_proj")(x).view(heads)
         attended = attend(self._index, query, key, value, self._scaling)
-        return _linear(project, "o_proj")(attended.flatten(1))
+        return child(project, "o_proj")(attended.flatten(1))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         mlp = self._mlp
-        gate = _linear(mlp, "act_fn")(_linear(mlp, "gate_proj")(x))
-        return _linear(mlp, "down_proj")(gate.mul_(_linear(mlp, "up_proj")(x)))
-
-
-def _linear(modules: dict[str, nn.Module | None], name: str) -> Linear:
-    """A child by name, without the detour of ``nn.Module.__getattr__``."""
-    module = modules[name]
-    if module is None:
-        raise KeyError(name)
-    return module
+        gate = child(mlp, "act_fn")(child(mlp, "gate_proj")(x))
+        return child(mlp, "down_proj")(gate.mul_(child(mlp, "up_proj")(x)))
 
 
 class Decoder:

@@ -1,7 +1,7 @@
 """BaseModel: the resident model as the engine sees it, over transformers' own modules.
 
 Owns: the four calls of a step, and nothing that changes: no cache, no positions, no request. The language layers are
-run by ``Decoder``; transformers' own forward is the reference beside it.
+run by ``Decoder``, images by ``VisionTower``; transformers' own forwards are the references beside them.
 
 Place in a request's way: step 8, under the runner; one thread at a time.
 """
@@ -21,6 +21,7 @@ from base.config import BaseConfig
 from base.decoder import Decoder
 from base.prompt import Grid
 from base.torch_attention import TorchAttention
+from base.vision import VisionTower
 
 if TYPE_CHECKING:
     from base.processor import Processor
@@ -69,6 +70,7 @@ class BaseModel:
         self.spec = spec
         self.processor = processor
         self.config = config
+        self.vision = VisionTower(module.model.visual)
         self.decoder = Decoder(module.model.language_model, TorchAttention())
         self.memory_by_part = dict(memory_by_part)
         """Bytes of ``language_4bit``, ``language`` (16-bit, CPU copies included), ``embeddings``, ``vision``,
@@ -94,6 +96,11 @@ class BaseModel:
 
         An image's rows do not depend on the other images of the call.
         """
+        return self.vision.forward(pixels.to(self.dtype), grids)
+
+    @torch.no_grad()
+    def reference_embed_images(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """As ``embed_images``, by transformers' own vision model."""
         grid_thw = torch.tensor(grids, dtype=torch.int64, device=pixels.device).reshape(-1, 3)
         embeds: Tensor = self.module.model.visual(pixels.to(self.dtype), grid_thw=grid_thw).pooler_output
         return embeds

@@ -97,19 +97,22 @@ def _attend_decodes(
 
 def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:
     """Causal attention of one segment's rows of query [T, heads, dim]: [rows, heads, dim]."""
-    gathered = (
-        cache.index_select(0, segment.blocks).flatten(0, 1)[: segment.length].transpose(0, 1).unsqueeze(0)
-        for cache in (keys, values)
-    )
     attended = functional.scaled_dot_product_attention(
         query[segment.begin : segment.end].transpose(0, 1).unsqueeze(0),
-        *gathered,
+        _gather(keys, segment),
+        _gather(values, segment),
         attn_mask=segment.mask,
         is_causal=segment.is_causal,
         scale=scaling,
         enable_gqa=True,
     )
     return attended[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, segment: Segment) -> Tensor:
+    """One segment's rows of the cache: [1, heads, length, dim]."""
+    rows = cache.index_select(0, segment.blocks).flatten(0, 1)[: segment.length]
+    return rows.transpose(0, 1).unsqueeze(0)
 
 
 def _decode_groups(plan: AttentionPlan, dtype: torch.dtype) -> list[DecodeGroup]:
