@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from engine.blocks import BlockPool
+from engine.prefix import Prefixes
 from engine.sequence import BASE_SLOT, Sequence, WaitReason
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     slot: int
+    found: tuple[int, ...]
+    """Blocks of its prefix that are computed already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,11 @@ class Refused:
 class Admission:
     """A sequence needs its adapter in a slot, and blocks for the tokens it has plus the next one."""
 
-    def __init__(self, pool: BlockPool, residency: Residency, starvation_s: float) -> None:
+    def __init__(
+        self, pool: BlockPool, prefixes: Prefixes, residency: Residency, starvation_s: float
+    ) -> None:
         self._pool = pool
+        self._prefixes = prefixes
         self._residency = residency
         self._starvation_s = starvation_s
 
@@ -33,9 +39,10 @@ class Admission:
         slot = self._slot(sequence.adapter, blocked)
         if slot is None:
             return Refused(WaitReason.ADAPTER)
-        if not self._pool.can_grow(sequence.blocks, sequence.num_tokens + 1):
+        found = self._prefixes.find(sequence)
+        if not self._pool.can_grow(found, sequence.num_tokens + 1):
             return Refused(WaitReason.BLOCKS)
-        return Admitted(slot)
+        return Admitted(slot, tuple(found))
 
     def _slot(self, ref: AdapterRef, blocked: Collection[AdapterRef]) -> int | None:
         if ref.is_base:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from base.attention import AttentionPlan
 from engine.kv import KVCache
 from engine.step import Chunk, StepPlan
+from engine.tiling import Tiling
 from engine.vision_cache import ImageKey
 
 _IDS, _SLOTS, _POSITIONS = 0, 1, slice(2, 5)
@@ -48,7 +50,7 @@ class Batch:
     """How many of the L rows belong to each chunk, in plan order."""
 
 
-def build_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:
+def build_batch(plan: StepPlan, cache: KVCache, device: torch.device, tiling: Tiling) -> Batch:
     """Flatten a plan. The caller keeps the plan's sequences unchanged until the batch has run."""
     chunks = plan.chunks
     starts = _starts(chunks)
@@ -64,7 +66,7 @@ def build_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:
     return Batch(
         ids=columns[_IDS],
         positions=columns[_POSITIONS],
-        attention=_attention_plan(chunks, starts, columns[_SLOTS], cache),
+        attention=_attention_plan(chunks, columns[_SLOTS], cache, tiling),
         segments=tuple((c.num_tokens, c.sequence.slot) for c in chunks),
         image_spans=tuple(_image_spans(chunks, starts)),
         logit_rows=flat[tokens.size :],
@@ -105,13 +107,19 @@ def _positions(chunk: Chunk, indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _attention_plan(
-    chunks: Seq[Chunk], starts: list[int], slot_mapping: Tensor, cache: KVCache
+    chunks: Seq[Chunk], slot_mapping: Tensor, cache: KVCache, tiling: Tiling
 ) -> AttentionPlan:
+    """One segment for each piece of a chunk that is attended in one call."""
     size = cache.block_size
+    pieces = [
+        (c.sequence.blocks, begin, end)
+        for c in chunks
+        for begin, end in tiling.pieces(c.start, c.end, c.sequence.num_prompt_tokens)
+    ]
     return AttentionPlan(
-        query_starts=tuple(starts),
-        context_lens=tuple(c.end for c in chunks),
-        block_tables=tuple(tuple(c.sequence.blocks[: -(-c.end // size)]) for c in chunks),
+        query_starts=tuple(accumulate((end - begin for _, begin, end in pieces), initial=0)),
+        context_lens=tuple(end for _, _, end in pieces),
+        block_tables=tuple(tuple(blocks[: -(-end // size)]) for blocks, _, end in pieces),
         slot_mapping=slot_mapping,
         key_cache=cache.keys,
         value_cache=cache.values,

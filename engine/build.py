@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,6 +38,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.status import Picture, StatusBoard
 from engine.swaps import AdapterSwaps
+from engine.tiling import CPU_TILE, Tiling
 from engine.transport import ThreadTransport
 from engine.vision_cache import VisionCache
 
@@ -99,10 +100,12 @@ def build_parts(
     max_model_len = _max_model_len(base, config, num_blocks)
     vision_cache = VisionCache(config.vision_cache_bytes)
     cache = KVCache(base.spec, num_blocks + num_probe_blocks, config.block_size, base.dtype, base.device)
-    runner = Runner(base, routing, cache, vision_cache)
+    tiling = _tiling(base, config)
+    runner = Runner(base, routing, cache, vision_cache, tiling)
     probe = Probe(base, runner, vision_cache, num_blocks, config.block_size)
     residency = Residency(config.num_slots, Room(config.device_adapter_bytes))
-    scheduler = Scheduler(config, BlockPool(num_blocks, config.block_size), residency, vision_cache)
+    pool = BlockPool(num_blocks, config.block_size)
+    scheduler = Scheduler(_paced(config, base), pool, residency, vision_cache, tiling)
     grammars = GrammarCompiler(base.processor.tokenizer, base.spec.eos_token_ids, base.spec.vocab_size)
     mover = Mover(
         bank, ComposingReader(source.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
@@ -133,6 +136,21 @@ def _attach_adapters(base: BaseModel, sites: SiteTable, config: EngineConfig) ->
 def _log_plan(plan: MemoryPlan) -> None:
     parts = " ".join(f"{name.replace(' ', '_')}_mib={size / 2**20:.1f}" for name, size in plan.parts.items())
     logger.info("engine.memory budget_mib=%.0f %s", (plan.budget_bytes or 0) / 2**20, parts)
+
+
+def _tiling(base: BaseModel, config: EngineConfig) -> Tiling:
+    """On a CPU exact, in tiles of whole blocks; elsewhere prompts are cut at blocks and attended whole."""
+    if base.device.type == "cpu":
+        return Tiling(max(CPU_TILE, config.block_size), is_exact=True)
+    return Tiling(config.block_size, is_exact=False)
+
+
+def _paced(config: EngineConfig, base: BaseModel) -> EngineConfig:
+    """With the prompts' share of a step beside decodes, where it was left open: a CPU's time goes with the rows."""
+    if config.prefill_beside_decodes is not None:
+        return config
+    is_cpu = base.device.type == "cpu"
+    return replace(config, prefill_beside_decodes=CPU_TILE if is_cpu else config.prefill_chunk)
 
 
 def _max_model_len(base: BaseModel, config: EngineConfig, num_blocks: int) -> int:

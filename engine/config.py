@@ -41,8 +41,11 @@ class EngineConfig:
     max_batch_tokens: int = 512
     """Token budget of one step: the longest that a prefill can delay everybody's next token."""
     prefill_chunk: int = 256
-    """Prompts are computed in pieces that end at multiples of this many tokens, whoever else is in the step: so the
-    rounding of a prompt's attention, and with it the answer, does not depend on its neighbours."""
+    """Most tokens of one prompt in one step. Pieces end where ``tiling`` allows: no answer depends on it."""
+    prefill_beside_decodes: int | None = None
+    """Most tokens of all prompts in a step in which sequences decode; None leaves it to ``max_batch_tokens``."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike share the keys and values of what they have in common."""
     max_running: int = 64
     """Sequences that decode at once."""
     max_waiting: int = 256
@@ -57,5 +60,4 @@ class EngineConfig:
     load_on_demand: bool = True
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0
-    """A sequence that waited this long goes before those of adapters that have more running, and where it waits for a
-    slot, it stops the least used adapter's new sequences until it gets one."""
+    """A sequence that waited this long for a slot stops the least used adapter's new sequences until it gets one."""

@@ -145,25 +145,34 @@ class Engine:
         for sequence in self._lifecycle.expired(self._sequences.values(), now):
             self._fail(sequence, DeadlineExceeded("the request's deadline passed before it was finished"))
         plan = self._scheduler.plan(now)
+        self._note_images(plan)
         for chunk in plan.chunks:
             if chunk.sequence.started_s is None:
                 self._lifecycle.start(chunk.sequence, now)
-                self._note_images(chunk.sequence)
         return plan
 
-    def _note_images(self, sequence: Sequence) -> None:
-        for image in sequence.request.prompt.images:
-            was_cached = self._scheduler.has_embeddings(sequence.image_key(image))
-            self._observer.record(ImageLookup(was_cached))
+    def _note_images(self, plan: StepPlan) -> None:
+        """Each image once, with the chunk that meets it: a miss for the one for which it is encoded."""
+        fresh = {job.key for job in plan.image_jobs}
+        for chunk in plan.chunks:
+            if not chunk.sequence.request.is_background:
+                for key in map(chunk.sequence.image_key, chunk.images_met()):
+                    self._observer.record(ImageLookup(key not in fresh))
+                    fresh.discard(key)
 
     def _commit(self, outcomes: Seq[Outcome]) -> None:
         now = time.monotonic()
         for outcome in outcomes:
             sequence = outcome.chunk.sequence
             if outcome.error is not None:
+                self._scheduler.distrust(sequence)
                 self._fail(sequence, outcome.error)
                 continue
+            if outcome.is_halved:
+                self._scheduler.distrust(sequence)
             reason = self._lifecycle.advance(sequence, outcome, now)
+            if outcome.token is not None:
+                self._scheduler.keep(sequence)
             if sequence.num_computed >= sequence.num_prompt_tokens and sequence.pinned_images:
                 self._scheduler.end_prefill(sequence)
             if reason is not None:
@@ -217,6 +226,7 @@ class Engine:
             except Exception:  # nothing may end the loop but Stop
                 logger.exception("engine.recovered")
                 self.num_recoveries += 1
+                self._scheduler.distrust_all()
                 self._fail_all(EngineDown("the engine met an internal error and was reset; try again"))
                 time.sleep(min(MAX_BACKOFF_S, 0.05 * 2 ** min(self.num_recoveries, 10)))
         self._receive()

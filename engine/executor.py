@@ -35,6 +35,8 @@ class Outcome:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the prompt tokens that follow the chunk's rows."""
     error: EngineError | None = None
+    is_halved: bool = False
+    """It had to be computed in pieces other than its own: what it left in the cache is for its sequence alone."""
 
 
 class Executor:
@@ -93,7 +95,8 @@ class Executor:
         if before.error is not None:
             return replace(before, chunk=chunk)
         after = self._squeeze(plan.only([second]), clock)
-        return replace(after, chunk=chunk, prompt_logprobs=before.prompt_logprobs + after.prompt_logprobs)
+        scored = before.prompt_logprobs + after.prompt_logprobs
+        return replace(after, chunk=chunk, prompt_logprobs=scored, is_halved=True)
 
     def _isolate(self, plan: StepPlan, error: Exception, clock: StepClock) -> list[Outcome]:
         """Halve and retry. A single chunk that throws is the culprit."""

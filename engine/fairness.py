@@ -1,16 +1,17 @@
-"""Fairness: in which order waiting sequences are looked at. Decides only; pure.
+"""Fairness: in which order sequences with a prompt to compute are looked at, and who gives up a place. Pure.
 
-First come, first served, while nobody waits long: that keeps adapters together. Sequences that have waited longer are
-dealt out among their adapters, the one with the fewest running first, so that one adapter's flood is one queue beside
-the others and not a wall before them. Versions of one name count each for itself; compositions all as one, since
-clients choose their weights. Background sequences come when there is nobody else at all.
+They are dealt out among their adapters, the one with the fewest decoding first, so that one adapter's flood is one
+queue beside the others and not a wall before them; within an adapter, first come, first served. Versions of one name
+count each for itself; compositions all as one, since clients choose their weights. Background sequences come when there
+is nobody else at all.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
 
 from adapters.ref import AdapterRef
 from engine.sequence import Sequence
@@ -27,31 +28,36 @@ def foreground(sequences: Collection[Sequence]) -> list[Sequence]:
     return [sequence for sequence in sequences if not sequence.request.is_background]
 
 
-def in_turn(
-    waiting: Collection[Sequence], running: Collection[Sequence], now: float, ageing_s: float
-) -> list[Sequence]:
-    """Every waiting sequence that may start now, the most urgent first."""
+def in_turn(waiting: Collection[Sequence], running: Collection[Sequence]) -> Iterator[Sequence]:
+    """Every sequence with a prompt to compute, running or waiting, the most urgent first."""
+    prefilling = [s for s in running if not s.is_decoding]
     wanted = foreground(waiting)
-    if not wanted:
-        return [] if foreground(running) else list(waiting)
-    aged = [s for s in wanted if now - s.request.arrival_s >= ageing_s]
-    if len({share_of(s.adapter) for s in wanted}) < 2 or not aged:
-        return wanted
-    fresh = [s for s in wanted if now - s.request.arrival_s < ageing_s]
-    return _dealt(aged, Counter(share_of(s.adapter) for s in running)) + fresh
+    if not wanted and not foreground(running):
+        return iter([*prefilling, *waiting])
+    counts = Counter(share_of(s.adapter) for s in running if s.is_decoding)
+    return _dealt([*prefilling, *wanted], counts)
 
 
-def _dealt(aged: list[Sequence], counts: Counter[Share]) -> list[Sequence]:
-    """One at a time from the queue of whoever has the fewest, counting those already dealt; ties by age."""
+def who_yields(newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:
+    """Whose place the newcomer may have when all are taken: the youngest of the adapter with the most, if that leaves
+    it no fewer than the newcomer's then has.
+    """
+    counts = Counter(share_of(s.adapter) for s in running)
+    richest = max(counts, key=lambda share: counts[share])
+    if counts[richest] - counts[share_of(newcomer.adapter)] < 2:
+        return None
+    return next(s for s in reversed(running) if share_of(s.adapter) == richest)
+
+
+def _dealt(sequences: Collection[Sequence], counts: Counter[Share]) -> Iterator[Sequence]:
+    """One at a time from the queue of whoever has the fewest, counting those already dealt; ties by place."""
     queues: dict[Share, deque[tuple[int, Sequence]]] = {}
-    for place, sequence in enumerate(aged):
+    for place, sequence in enumerate(sequences):
         queues.setdefault(share_of(sequence.adapter), deque()).append((place, sequence))
     heap = [(counts[share], queue[0][0], share) for share, queue in queues.items()]
     heapq.heapify(heap)
-    dealt = []
     while heap:
         count, _, share = heapq.heappop(heap)
-        dealt.append(queues[share].popleft()[1])
+        yield queues[share].popleft()[1]
         if queues[share]:
             heapq.heappush(heap, (count + 1, queues[share][0][0], share))
-    return dealt

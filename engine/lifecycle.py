@@ -78,7 +78,7 @@ class Lifecycle:
         sequence.started_s = now
         queue_s = now - sequence.request.arrival_s
         self._tell(sequence, SequenceStarted(sequence.adapter, queue_s, sequence.swap_s))
-        self.outbox.append(Started(sequence.request_id, swap_s=sequence.swap_s))
+        self.outbox.append(Started(sequence.request_id, sequence.swap_s, sequence.num_cached_tokens))
 
     def expired(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
         return [s for s in sequences if self._is_expired(s, now)]
@@ -133,7 +133,8 @@ class Lifecycle:
         if sequence.first_token_s is None:
             sequence.first_token_s = now
             since_s = now - sequence.request.arrival_s
-            self._tell(sequence, FirstToken(sequence.adapter, since_s, sequence.num_prompt_tokens))
+            num_prompt, num_cached = sequence.num_prompt_tokens, sequence.num_cached_tokens
+            self._tell(sequence, FirstToken(sequence.adapter, since_s, num_prompt, num_cached))
         elif sequence.last_token_s is not None:
             self._tell(sequence, NextToken(sequence.adapter, now - sequence.last_token_s))
         sequence.last_token_s = now
@@ -180,7 +181,12 @@ class Lifecycle:
 
 def _usage(sequence: Sequence) -> Usage:
     num_image_tokens = sum(image.num_tokens for image in sequence.request.prompt.images)
-    return Usage(sequence.num_prompt_tokens, len(sequence.output_ids), image_tokens=num_image_tokens)
+    return Usage(
+        prompt_tokens=sequence.num_prompt_tokens,
+        completion_tokens=len(sequence.output_ids),
+        cached_tokens=sequence.num_cached_tokens,
+        image_tokens=num_image_tokens,
+    )
 
 
 def _timings(sequence: Sequence, now: float) -> Timings:

@@ -42,6 +42,8 @@ class FirstToken:
     seconds: float
     """Since the wire accepted the request."""
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    """Of them, those that were found computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from engine.batch import Batch, build_batch
 from engine.clock import Phase, StepClock
 from engine.kv import KVCache
 from engine.step import ImageJob, StepPlan
+from engine.tiling import Tiling
 from engine.vision_cache import VisionCache
 
 
@@ -48,12 +49,18 @@ class Runner:
     """Not reentrant; the engine's thread only."""
 
     def __init__(
-        self, base: BaseModel, routing: RoutingSet, cache: KVCache, vision_cache: VisionCache
+        self,
+        base: BaseModel,
+        routing: RoutingSet,
+        cache: KVCache,
+        vision_cache: VisionCache,
+        tiling: Tiling,
     ) -> None:
         self._base = base
         self._routing = routing
         self._cache = cache
         self._vision_cache = vision_cache
+        self._tiling = tiling
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
@@ -61,7 +68,7 @@ class Runner:
         clock = StepClock()
         encoded = self._encode(plan.image_jobs)
         clock.lap("encode")
-        batch = build_batch(plan, self._cache, self._base.device)
+        batch = build_batch(plan, self._cache, self._base.device, self._tiling)
         clock.lap("batch")
         self._routing.language.fill(batch.segments)
         hidden = self._base.forward(self._embed(batch), batch.positions, batch.attention)  # [T, H]

@@ -8,50 +8,32 @@ from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from engine.admission import Admission, Admitted, Refused
 from engine.blocks import BlockPool
+from engine.budget import StepBudget
 from engine.config import EngineConfig
-from engine.fairness import foreground, in_turn
+from engine.fairness import foreground, in_turn, who_yields
+from engine.prefix import Prefixes
 from engine.sequence import BASE_SLOT, Sequence, Status, WaitReason
 from engine.step import Chunk, ImageJob, StepPlan
-from engine.vision_cache import ImageKey, VisionCache
-
-
-class StepBudget:
-    """What one step may still take; made for one plan and dropped with it."""
-
-    def __init__(self, num_tokens: int, num_patches: int) -> None:
-        self.num_tokens = num_tokens
-        self.num_patches = num_patches
-        self.image_jobs: list[ImageJob] = []
-        self.has_prefill = False
-
-    def take_prefill(self, num_tokens: int, jobs: list[ImageJob]) -> bool:
-        """Whether a piece of a prompt, with the images it needs encoded, goes into this step.
-
-        The first piece of a step always does, and so does an image larger than the whole vision budget if it is first.
-        """
-        taken = {job.key for job in self.image_jobs}
-        new = list({job.key: job for job in jobs if job.key not in taken}.values())
-        num_patches = sum(job.image.pixels.shape[0] for job in new)
-        if self.has_prefill and num_tokens > self.num_tokens:
-            return False
-        if self.image_jobs and num_patches > self.num_patches:
-            return False
-        self.has_prefill = True
-        self.num_tokens -= num_tokens
-        self.num_patches -= num_patches
-        self.image_jobs += new
-        return True
+from engine.tiling import Tiling
+from engine.vision_cache import VisionCache
 
 
 class Scheduler:
     def __init__(
-        self, config: EngineConfig, pool: BlockPool, residency: Residency, vision_cache: VisionCache
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        residency: Residency,
+        vision_cache: VisionCache,
+        tiling: Tiling,
     ) -> None:
         self._config = config
+        self._tiling = tiling
         self._pool = pool
+        self._prefixes = Prefixes(pool, tiling, is_on=config.prefix_cache)
         self._residency = residency
         self._vision_cache = vision_cache
-        self._admission = Admission(pool, residency, config.starvation_s)
+        self._admission = Admission(pool, self._prefixes, residency, config.starvation_s)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.draining: set[AdapterRef] = set()
@@ -64,9 +46,6 @@ class Scheduler:
     @property
     def num_waiting_for_adapter(self) -> int:
         return sum(s.slot_wait_since_s is not None for s in foreground(self.waiting))
-
-    def has_embeddings(self, key: ImageKey) -> bool:
-        return key in self._vision_cache
 
     # ---- births and ends ---------------------------------------------------------------------------------------
 
@@ -88,6 +67,19 @@ class Scheduler:
             self._vision_cache.unpin(key)
         sequence.pinned_images.clear()
 
+    def keep(self, sequence: Sequence) -> None:
+        """A row of it had finite logits: what it has computed may serve others."""
+        self._prefixes.keep(sequence)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nobody else may start from the blocks that it used, its own or others', nor from those to come."""
+        sequence.is_kept_apart = True
+        self._pool.forget(sequence.blocks)
+
+    def distrust_all(self) -> None:
+        """The engine met an error whose reach nobody knows."""
+        self._pool.forget_all()
+
     # ---- what the adapters' side should bring ------------------------------------------------------------------
 
     def wanted(self, now: float) -> list[AdapterRef]:
@@ -107,13 +99,37 @@ class Scheduler:
     # ---- the plan ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:
-        """Decodes first, then running prefills, then new sequences, inside one budget."""
+        """Decodes first, then pieces of prompts, each adapter in its turn, inside one budget."""
         self._pause_background()
+        blocked = self._blocked(now)
+        self._yield_a_place(blocked)
         budget = StepBudget(self._config.max_batch_tokens, self._config.max_image_patches_per_step)
         chunks = self._decode_chunks(budget)
-        chunks += self._prefill_chunks(budget)
-        chunks += self._admit(budget, now)
+        if chunks and self._config.prefill_beside_decodes is not None:
+            budget.num_tokens = min(budget.num_tokens, self._config.prefill_beside_decodes)
+        chunks += self._prompt_chunks(budget, blocked, now)
         return StepPlan(tuple(chunks), tuple(budget.image_jobs))
+
+    def _blocked(self, now: float) -> frozenset[AdapterRef]:
+        """Adapters that get no new sequences: being unloaded, or to give their slot to a starved one."""
+        starved = self._admission.starved(foreground(self.waiting), now)
+        return self._admission.victims(starved) | self.draining
+
+    def _yield_a_place(self, blocked: frozenset[AdapterRef]) -> None:
+        """Where one adapter's sequences have taken all places, another's gets one of them, one a step. What is sent
+        back keeps its tokens, and finds its blocks again unless they were needed.
+        """
+        if len(self.running) < self._config.max_running:
+            return
+        for sequence in in_turn(self.waiting, self.running):
+            if sequence.status is Status.RUNNING:
+                continue
+            victim = who_yields(sequence, self.running)
+            if victim is None:
+                return
+            if isinstance(self._admission.decide(sequence, blocked), Admitted):
+                self._preempt(victim, WaitReason.QUEUE)
+                return
 
     def _pause_background(self) -> None:
         """As soon as anybody else is here: background sequences give all back, and begin again when they are alone."""
@@ -130,38 +146,52 @@ class Scheduler:
             budget.num_tokens -= 1
         return chunks
 
-    def _prefill_chunks(self, budget: StepBudget) -> list[Chunk]:
-        prefilling = [s for s in self.running if not s.is_decoding]
-        chunks = (self._next_chunk(sequence, budget) for sequence in prefilling)
-        return [chunk for chunk in chunks if chunk is not None]
-
-    def _admit(self, budget: StepBudget, now: float) -> list[Chunk]:
-        starved = self._admission.starved(foreground(self.waiting), now)
-        blocked = self._admission.victims(starved) | self.draining
+    def _prompt_chunks(self, budget: StepBudget, blocked: frozenset[AdapterRef], now: float) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in in_turn(self.waiting, self.running, now, self._config.starvation_s):
-            if budget.num_tokens <= 0 or len(self.running) >= self._config.max_running:
+        may_start = True
+        for sequence in in_turn(self.waiting, self.running):
+            if budget.is_spent:
                 break
-            match self._admission.decide(sequence, blocked):
-                case Admitted(slot):
-                    self._start(sequence, slot, now)
-                    chunk = self._next_chunk(sequence, budget)
-                    chunks += [chunk] if chunk else []
-                case Refused(reason):
-                    self._note_wait(sequence, reason, now)
-                    if reason is WaitReason.BLOCKS:
-                        break  # nobody overtakes it for memory, or a long prompt would wait for ever
+            is_running = sequence.status is Status.RUNNING
+            if not is_running and may_start:
+                may_start = self._try_start(sequence, blocked, now)
+                is_running = sequence.status is Status.RUNNING
+            if not is_running:
+                continue
+            chunk = self._next_chunk(sequence, budget)
+            if chunk is None:
+                may_start = False  # a newcomer would only hold blocks, and may find more of them later
+            else:
+                chunks.append(chunk)
         return chunks
 
+    def _try_start(self, sequence: Sequence, blocked: frozenset[AdapterRef], now: float) -> bool:
+        """Start it if it may; whether others may still follow."""
+        if len(self.running) >= self._config.max_running:
+            return False
+        match self._admission.decide(sequence, blocked):
+            case Admitted(slot, found):
+                self._start(sequence, slot, found, now)
+            case Refused(reason):
+                self._note_wait(sequence, reason, now)
+                return reason is not WaitReason.BLOCKS  # for memory nobody overtakes: long prompts must come
+        return True
+
     def _next_chunk(self, sequence: Sequence, budget: StepBudget) -> Chunk | None:
-        """Its next piece, if the budgets allow it; where a piece ends depends on the prompt alone."""
-        start, size = sequence.num_computed, self._config.prefill_chunk
-        end = min(sequence.num_tokens, (start // size + 1) * size)
-        chunk = Chunk(sequence, start, end - start)
+        """Its next piece, if the budgets allow it."""
+        start = sequence.num_computed
+        chunk = Chunk(sequence, start, self._chunk_end(sequence, budget) - start)
         keyed = ((sequence.image_key(image), image) for image in chunk.images())
         slot = self._vision_slot(sequence)
         jobs = [ImageJob(key, image, slot) for key, image in keyed if key not in self._vision_cache]
         return chunk if budget.take_prefill(chunk.num_tokens, jobs) else None
+
+    def _chunk_end(self, sequence: Sequence, budget: StepBudget) -> int:
+        """The last cut within the budgets; the first piece of a step is a tile at least, so that all come on."""
+        start, num_prompt = sequence.num_computed, sequence.num_prompt_tokens
+        size = max(self._tiling.size, min(self._config.prefill_chunk, budget.num_tokens))
+        limit = min(sequence.num_tokens, start + size)
+        return self._tiling.cut_within(start, limit, num_prompt)
 
     @staticmethod
     def _vision_slot(sequence: Sequence) -> int:
@@ -169,11 +199,11 @@ class Scheduler:
 
     # ---- places ------------------------------------------------------------------------------------------------
 
-    def _start(self, sequence: Sequence, slot: int, now: float) -> None:
-        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
+    def _start(self, sequence: Sequence, slot: int, found: tuple[int, ...], now: float) -> None:
+        self._take_blocks(sequence, found)
         if not sequence.adapter.is_base:
             self._residency.hold(sequence.adapter)
-        for image in sequence.request.prompt.images:
+        for image in sequence.images_between(sequence.num_computed, sequence.num_tokens):
             key = sequence.image_key(image)
             self._vision_cache.pin(key)
             sequence.pinned_images.append(key)
@@ -185,6 +215,15 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
+    def _take_blocks(self, sequence: Sequence, found: tuple[int, ...]) -> None:
+        """Those found, and new ones for the rest of its tokens and the next."""
+        sequence.blocks = self._pool.share(found)
+        sequence.num_kept_blocks = len(found)
+        sequence.num_computed = len(found) * self._pool.block_size
+        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
+        if sequence.started_s is None:
+            sequence.num_cached_tokens = sequence.num_computed
+
     def _vacate(self, sequence: Sequence) -> None:
         self._pool.free(sequence.blocks)
         self.end_prefill(sequence)
@@ -192,6 +231,7 @@ class Scheduler:
             self._residency.release(sequence.adapter)
         sequence.slot = BASE_SLOT
         sequence.num_computed = 0
+        sequence.num_kept_blocks = 0
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Blocks for its next token, at the cost of the youngest running sequences; False when it was itself."""
@@ -203,12 +243,12 @@ class Scheduler:
         self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its tokens are kept and computed again later."""
+    def _preempt(self, sequence: Sequence, reason: WaitReason = WaitReason.BLOCKS) -> None:
+        """Back to the head of the queue; its tokens are kept, and computed again later as far as they must be."""
         self.running.remove(sequence)
         self._vacate(sequence)
         sequence.status = Status.WAITING
-        sequence.wait_reason = WaitReason.BLOCKS
+        sequence.wait_reason = reason
         sequence.num_preemptions += 1
         self.waiting.insert(0, sequence)
 

@@ -44,6 +44,12 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    num_cached_tokens: int = 0
+    """Of the prompt, those that were found there when it first started."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of its first blocks, as far as anybody asked (``prefix``)."""
+    num_kept_blocks: int = 0
+    """Of ``blocks``, those that others can find, or have found equal ones of."""
     output_ids: list[int] = field(default_factory=list)
     pinned_images: list[ImageKey] = field(default_factory=list)
     slot_wait_since_s: float | None = None
@@ -55,6 +61,8 @@ class Sequence:
     """Of prompt tokens 1.. so far, when they were asked for."""
     has_prompt_logprobs: bool = False
     """They were sent."""
+    is_kept_apart: bool = False
+    """Nobody else may use what it computes from here on."""
     num_preemptions: int = 0
 
     @property
@@ -90,6 +98,11 @@ class Sequence:
         if end > len(prompt):
             ids += self.output_ids[max(0, start - len(prompt)) : end - len(prompt)]
         return ids
+
+    def images_between(self, begin: int, end: int) -> list[PromptImage]:
+        """Images with at least one token in ``[begin, end)``."""
+        images = self.request.prompt.images
+        return [image for image in images if image.offset < end and image.offset + image.num_tokens > begin]
 
     def image_key(self, image: PromptImage) -> ImageKey:
         return ImageKey(image.digest, self.adapter.vision_digest)

@@ -41,13 +41,15 @@ class Chunk:
 
     def images(self) -> list[PromptImage]:
         """Images with at least one token inside the chunk."""
-        if self.start >= self.sequence.num_prompt_tokens:
-            return []
-        return [
-            image
-            for image in self.sequence.request.prompt.images
-            if image.offset < self.end and image.offset + image.num_tokens > self.start
-        ]
+        return self.sequence.images_between(self.start, self.end)
+
+    def images_met(self) -> list[PromptImage]:
+        """Images that no chunk of the sequence met before: those that begin in it, and for its first chunk also those
+        that lie in the cached prefix.
+        """
+        begin = 0 if self.sequence.started_s is None else self.start
+        images = self.sequence.images_between(begin, self.end)
+        return [image for image in images if image.offset >= begin]
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,11 +94,9 @@ class Instruments:
         self.adapter_misses = self._counter(
             "adapter_cache_misses_total", "The adapter was not in the tier.", "tier"
         )
-        self.prefix_hits = self._counter(
-            "prefix_cache_hits_tokens_total", "Prompt tokens found in the cache."
-        )
+        self.prefix_hits = self._counter("prefix_cache_hits_tokens_total", "Prompt tokens found computed.")
         self.prefix_misses = self._counter("prefix_cache_misses_tokens_total", "Prompt tokens computed.")
-        self.image_hits = self._counter("image_cache_hits_total", "Images whose embeddings were kept.")
+        self.image_hits = self._counter("image_cache_hits_total", "Images that were not encoded again.")
         self.image_misses = self._counter("image_cache_misses_total", "Images that had to be encoded.")
         for outcome in ("ok", "failed"):
             self.adapter_loads.labels(outcome)

@@ -123,8 +123,12 @@ class Settings(BaseSettings):
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
     max_model_len: Count | None = _set(None, "tokens", "Prompt plus output; none is what base and cache allow.")
     max_batch_tokens: Count = _set(512, "tokens", "Of one step: the longest a prefill may delay the next token.")
-    prefill_chunk: Count = _set(256, "tokens", "Prompts are computed in pieces of it: larger is faster, smaller delays "
-                                "others less; never cut by neighbours, so answers are not either.")
+    prefill_chunk: Count = _set(256, "tokens", "Most of one prompt in one step. No answer depends on it.")
+    prefill_beside_decodes: Count | None = _set(
+        None, "tokens", "Most of all prompts in a step in which others decode: larger answers new requests sooner, "
+        "smaller delays running ones less. none is 32 on a CPU, where time goes with tokens, else prefill_chunk.")
+    prefix_cache: bool = _set(True, "yes or no", "Whether prompts that begin alike share what was computed, in what "
+                              "kv_memory has free. No never shows a caller, by time, what others asked.")
     max_running: Count = _set(64, "requests", "That decode at once.")
     max_waiting: Count = _set(256, "requests", "In the queue; the next is 429.")
     max_waiting_tokens: Count = _set(262_144, "prompt tokens", "In the queue; the next is 429.")
@@ -253,6 +257,8 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             prefill_chunk=self.prefill_chunk,
+            prefill_beside_decodes=self.prefill_beside_decodes,
+            prefix_cache=self.prefix_cache,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,

@@ -13,6 +13,7 @@ from engine.batch import Batch, build_batch
 from engine.kv import KVCache
 from engine.sequence import Sequence
 from engine.step import Chunk, StepPlan
+from engine.tiling import Tiling
 from tests.support.fake_processor import fake_spec
 from tests.support.requests import make_prompt, make_request, make_sequence
 
@@ -97,6 +98,7 @@ WHOLE = Piece(prompt=7, output=0, start=0, end=7, delta=0)
 BEGUN = Piece(prompt=9, output=0, start=0, end=4, delta=1)
 AGAIN = Piece(prompt=5, output=6, start=0, end=11, delta=-3)
 AGAIN_BEYOND = Piece(prompt=5, output=9, start=8, end=14, delta=4)
+UNCUT = Tiling(BLOCK, is_exact=False)
 ONE_TOKEN = Piece(prompt=1, output=0, start=0, end=1, delta=0)
 SCORED = Piece(prompt=8, output=0, start=4, end=8, delta=0, scored=True)
 
@@ -116,7 +118,7 @@ SCORED = Piece(prompt=8, output=0, start=4, end=8, delta=0, scored=True)
 )
 def test_a_batch_is_what_a_loop_over_tokens_gives(cache: KVCache, pieces: list[Piece]) -> None:
     chunks = [chunk_of(piece, number) for number, piece in enumerate(pieces)]
-    batch = build_batch(StepPlan(tuple(chunks), ()), cache, CPU)
+    batch = build_batch(StepPlan(tuple(chunks), ()), cache, CPU, UNCUT)
     assert told(batch) == plain(chunks)
     assert batch.segments == tuple((c.num_tokens, c.sequence.slot) for c in chunks)
 
@@ -134,11 +136,11 @@ def any_piece(draw: st.DrawFn) -> Piece:
 def test_so_it_is_for_any_pieces(pieces: list[Piece]) -> None:
     cache = KVCache(replace(fake_spec(), num_layers=1), 1, BLOCK, torch.float32, CPU)
     chunks = [chunk_of(piece, number) for number, piece in enumerate(pieces)]
-    assert told(build_batch(StepPlan(tuple(chunks), ()), cache, CPU)) == plain(chunks)
+    assert told(build_batch(StepPlan(tuple(chunks), ()), cache, CPU, UNCUT)) == plain(chunks)
 
 
 def test_a_sequence_that_wants_no_token_asks_for_no_logits(cache: KVCache) -> None:
     sequence = sequence_of(WHOLE, 0)
     sequence.request = make_request("none", 7, max_tokens=0)
-    batch = build_batch(StepPlan((Chunk(sequence, 0, 7),), ()), cache, CPU)
+    batch = build_batch(StepPlan((Chunk(sequence, 0, 7),), ()), cache, CPU, UNCUT)
     assert batch.logit_counts == (0,) and batch.logit_rows.tolist() == []

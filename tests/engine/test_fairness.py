@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from adapters.ref import AdapterRef, WeightedRef
+from engine import scheduler
 from engine.fairness import in_turn
 from engine.sequence import Sequence, Status
 from tests.engine.test_scheduler import Desk, names
@@ -87,32 +89,109 @@ def test_adapters_that_share_one_slot_with_a_flood_each_get_their_turn(num_rare:
     assert wait <= bound(num_rare + 1, (4, 16), 1)
 
 
-def test_without_ageing_the_same_flood_does_keep_it_waiting() -> None:
+def in_order_of_arrival(waiting: Collection[Sequence], running: Collection[Sequence]) -> Iterator[Sequence]:
+    return iter([*[s for s in running if not s.is_decoding], *waiting])
+
+
+def test_first_come_first_served_the_same_flood_does_keep_it_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The positive control."""
-    wait = longest_wait([ref("rare")], 0, (10, 40), num_slots=2, max_running=8, starvation_s=1e9)
+    monkeypatch.setattr(scheduler, "in_turn", in_order_of_arrival)
+    wait = longest_wait([ref("rare")], 0, (10, 40), num_slots=2, max_running=8)
     assert wait > bound(2, (10, 40), 8)
+
+
+@pytest.mark.parametrize("num_words", [3, 90])
+def test_a_rare_adapter_computes_its_prompt_before_what_a_flood_has_queued(num_words: int) -> None:
+    """However many of the flood run, prefill and wait: a step for each piece of its prompt, and none for others."""
+    budgets = {"prefill_chunk": 64, "prefill_beside_decodes": 32}
+    desk = Desk(num_blocks=4096, max_running=16, tile=32, prefix_cache=False, **budgets)
+    desk.bring(ref("flood"), ref("rare"))
+    for i in range(60):
+        desk.add(f"f{i}", 90, ref("flood"))
+    for _ in range(3):
+        desk.step()
+    assert {s.is_decoding for s in desk.scheduler.running} == {True, False}
+    desk.add("rare", num_words, ref("rare"))
+    plans = [names(desk.step()) for _ in range(-(-num_words // 32))]
+    assert sum(dict(plan).get("rare", 0) for plan in plans) == num_words
+
+
+def full_of_flood(**config: int | float) -> Desk:
+    desk = Desk(num_blocks=256, max_running=4, tile=4, **config)  # type: ignore[arg-type]
+    desk.bring(ref("flood"), ref("rare"))
+    for i in range(6):
+        desk.add(f"f{i}", 9, ref("flood"))
+    for _ in range(3):
+        desk.step()
+    assert [s.request_id for s in desk.scheduler.running] == ["f0", "f1", "f2", "f3"]
+    return desk
+
+
+def test_when_a_flood_has_all_places_another_adapter_gets_one_at_once() -> None:
+    desk = full_of_flood()
+    rare = desk.add("rare", 3, ref("rare"))
+    assert ("rare", 3) in names(desk.step())
+    assert [s.request_id for s in desk.scheduler.running] == ["f0", "f1", "f2", "rare"]
+    for _ in range(3):
+        desk.step()
+    desk.scheduler.end(rare)
+    assert ("f3", 4) in names(desk.step()), "all but its last, half full block was still there"
+
+
+def test_places_are_given_up_until_they_are_shared_and_no_further() -> None:
+    desk = full_of_flood()
+    for i in range(4):
+        desk.add(f"r{i}", 3, ref("rare"))
+    for _ in range(6):
+        desk.step()
+    shares = Counter(s.adapter.name for s in desk.scheduler.running)
+    assert shares == {"flood": 2, "rare": 2}
+    before = [s.request_id for s in desk.scheduler.running]
+    desk.step()
+    assert [s.request_id for s in desk.scheduler.running] == before
+
+
+def test_nobody_gives_up_a_place_for_one_whose_adapter_is_away() -> None:
+    desk = full_of_flood()
+    desk.add("away", 3, ref("elsewhere"))
+    desk.step()
+    assert [s.request_id for s in desk.scheduler.running] == ["f0", "f1", "f2", "f3"]
 
 
 def sequences(*adapters: AdapterRef, arrival_s: float = 0.0) -> list[Sequence]:
     return [make_sequence(f"{i}", 3, adapter, arrival_s=arrival_s) for i, adapter in enumerate(adapters)]
 
 
-def ids(order: list[Sequence]) -> str:
+def ids(order: Iterable[Sequence]) -> str:
     return "".join(sequence.request_id for sequence in order)
 
 
-def test_nobody_is_reordered_before_they_have_waited_long() -> None:
+def decoding(*adapters: AdapterRef) -> list[Sequence]:
+    made = sequences(*adapters)
+    for sequence in made:
+        sequence.num_computed, sequence.output_ids = sequence.num_tokens, [1]
+    return made
+
+
+def test_adapters_take_turns_and_whoever_has_fewest_decoding_is_first() -> None:
     a, b = ref("a"), ref("b")
     waiting = sequences(a, a, a, b)
-    assert ids(in_turn(waiting, [], 0.9, 1.0)) == "0123"
-    assert ids(in_turn(waiting, [], 1.0, 1.0)) == "0312"
-    assert ids(in_turn(waiting, sequences(b, b), 1.0, 1.0)) == "0123"
+    assert ids(in_turn(waiting, [])) == "0312"
+    assert ids(in_turn(waiting, decoding(b, b))) == "0123"
+    assert ids(in_turn(waiting, decoding(a))) == "3012"
+    assert ids(in_turn(sequences(a, a, a), [])) == "012"
+
+
+def test_within_an_adapter_prompts_that_were_begun_go_on_before_others_begin() -> None:
+    begun = make_sequence("begun", 9, ref("a"))
+    begun.num_computed = 4
+    assert [s.request_id for s in in_turn(sequences(ref("a"), ref("b")), [begun])] == ["begun", "1", "0"]
 
 
 def test_compositions_are_one_share_whatever_their_weights() -> None:
     parts = [AdapterRef("(composed)", 1, f"d{i}", parts=(WeightedRef(ref("a"), i + 1.0),)) for i in range(3)]
     waiting = sequences(*parts, ref("b"))
-    assert ids(in_turn(waiting, [], 5.0, 1.0)) == "0312"
+    assert ids(in_turn(waiting, [])) == "0312"
 
 
 # ---- background

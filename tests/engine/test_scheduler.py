@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adapters.moves import Load, Moved
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
@@ -10,6 +12,7 @@ from engine.config import EngineConfig
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, Status, WaitReason
 from engine.step import StepPlan
+from engine.tiling import Tiling
 from engine.vision_cache import VisionCache
 from tests.support.requests import make_image, make_sequence, ref
 
@@ -17,12 +20,14 @@ from tests.support.requests import make_image, make_sequence, ref
 class Desk:
     """A scheduler with its collaborators, and what the engine would do after each plan."""
 
-    def __init__(self, num_blocks: int = 64, num_slots: int = 2, **config: int | float) -> None:
+    def __init__(
+        self, num_blocks: int = 64, num_slots: int = 2, tile: int = 1, **config: int | float | None
+    ) -> None:
         self.config = EngineConfig(num_slots=num_slots, block_size=4, **config)  # type: ignore[arg-type]
         self.pool = BlockPool(num_blocks, 4)
         self.residency = Residency(num_slots)
         self.vision_cache = VisionCache(1 << 20)
-        self.scheduler = Scheduler(self.config, self.pool, self.residency, self.vision_cache)
+        self.scheduler = Scheduler(self.config, self.pool, self.residency, self.vision_cache, Tiling(tile))
 
     def add(self, *args: object, **kwargs: object) -> Sequence:
         sequence = make_sequence(*args, **kwargs)  # type: ignore[arg-type]
@@ -38,9 +43,11 @@ class Desk:
         plan = self.scheduler.plan(now)
         for chunk in plan.chunks:
             chunk_yields = chunk.yields_token
+            chunk.sequence.started_s = now
             chunk.sequence.num_computed = chunk.end
             if chunk_yields:
                 chunk.sequence.output_ids.append(1)
+                self.scheduler.keep(chunk.sequence)
                 self.scheduler.end_prefill(chunk.sequence)
         return plan
 
@@ -62,7 +69,7 @@ def test_decodes_go_first_and_a_long_prompt_comes_in_pieces() -> None:
 
 def test_where_a_prompt_is_cut_does_not_depend_on_its_neighbours() -> None:
     def cuts(num_neighbours: int) -> list[int]:
-        desk = Desk(max_batch_tokens=16, prefill_chunk=8)
+        desk = Desk(max_batch_tokens=16, prefill_chunk=8, tile=8)
         for i in range(num_neighbours):
             desk.add(f"n{i}", 5)
         desk.add("watched", 21)
@@ -73,7 +80,7 @@ def test_where_a_prompt_is_cut_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_a_piece_that_does_not_fit_waits_for_the_next_step() -> None:
-    desk = Desk(max_batch_tokens=12, prefill_chunk=8)
+    desk = Desk(max_batch_tokens=12, prefill_chunk=8, tile=8)
     desk.add("first", 7)
     desk.add("second", 8)
     assert names(desk.step()) == [("first", 7)]
@@ -101,7 +108,7 @@ def test_nobody_overtakes_for_memory() -> None:
 
 
 def test_when_blocks_run_out_the_youngest_gives_way_and_is_computed_again() -> None:
-    desk = Desk(num_blocks=5)
+    desk = Desk(num_blocks=5, prefix_cache=False)
     old = desk.add("old", 7)
     young = desk.add("young", 7)
     desk.step()
@@ -192,3 +199,112 @@ def test_starved_adapters_never_chase_each_other_out_of_slots_without_running() 
         for sequence in [s for s in desk.scheduler.running if len(s.output_ids) >= 2]:
             desk.scheduler.end(sequence)
     assert served == {f"s{i}" for i in range(12)}
+
+
+# ---- beside running sequences
+
+
+def test_a_long_prompt_beside_decodes_takes_its_small_share_of_each_step_and_all_of_it_when_alone() -> None:
+    desk = Desk(num_blocks=1024, tile=8, prefill_chunk=64, prefill_beside_decodes=16)
+    streams = [desk.add(f"d{i}", 3) for i in range(8)]
+    desk.step()
+    desk.add("long", 500)
+    for _ in range(4):
+        plan = desk.step()
+        assert [n for name, n in names(plan) if name != "long"] == [1] * 8
+        assert dict(names(plan))["long"] == 16
+    for sequence in streams:
+        desk.scheduler.end(sequence)
+    assert names(desk.step()) == [("long", 64)]
+
+
+def test_many_prompts_together_take_no_more_than_their_share_beside_decodes() -> None:
+    desk = Desk(num_blocks=1024, tile=8, prefill_beside_decodes=16)
+    desk.add("d", 3)
+    desk.step()
+    for i in range(6):
+        desk.add(f"p{i}", 40)
+    for _ in range(14):
+        plan = desk.step()
+        assert sum(n for _, n in names(plan) if n > 1) <= 16
+
+
+def test_a_piece_with_an_image_beside_decodes_is_as_small_as_any_other() -> None:
+    desk = Desk(num_blocks=1024, tile=8, prefill_chunk=64, prefill_beside_decodes=16)
+    desk.add("d", 3)
+    desk.step()
+    desk.add("seen", 90, images=(make_image("one", offset=2, num_tokens=70),))
+    plan = desk.step()
+    assert names(plan) == [("d", 1), ("seen", 16)] and len(plan.image_jobs) == 1
+
+
+# ---- prefixes
+
+
+def test_a_second_prompt_starts_behind_what_it_shares_with_the_first_and_computes_at_least_a_token() -> None:
+    desk = Desk(num_blocks=64, tile=4)
+    desk.add("first", 16)
+    desk.step()
+    second = desk.add("second", 16)
+    assert dict(names(desk.step()))["second"] == 4
+    assert second.num_cached_tokens == 12
+
+
+def test_who_owes_log_probabilities_of_the_prompt_computes_every_row() -> None:
+    desk = Desk(num_blocks=64, tile=4)
+    desk.add("first", 16)
+    desk.step()
+    made = make_sequence("scored", 16)
+    scored = Sequence(replace(made.request, prompt_logprobs=0), made.sampler)
+    desk.scheduler.add(scored)
+    assert dict(names(desk.step()))["scored"] == 16
+
+
+def test_an_image_inside_the_shared_prefix_is_neither_encoded_nor_pinned() -> None:
+    desk = Desk(num_blocks=64, tile=4)
+    picture = make_image("one", offset=1, num_tokens=6)
+    first = desk.add("first", 12, images=(picture,))
+    desk.step()
+    desk.scheduler.end(first)
+    second = desk.add("second", 12, images=(picture,))
+    plan = desk.step()
+    assert names(plan) == [("second", 4)] and not plan.image_jobs and not second.pinned_images
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again_with_those_of_its_answer() -> None:
+    desk = Desk(num_blocks=8, tile=4)
+    sequence = desk.add("s", 7)
+    for _ in range(7):
+        desk.step()
+    desk.scheduler._preempt(sequence)
+    assert names(desk.step()) == [("s", 2)] and sequence.num_cached_tokens == 0
+
+
+def test_what_a_failed_sequence_computed_or_used_is_found_by_nobody() -> None:
+    desk = Desk(num_blocks=64, tile=4)
+    failed = desk.add("failed", 16)
+    desk.step()
+    desk.scheduler.distrust(failed)
+    desk.scheduler.end(failed)
+    desk.add("next", 16)
+    assert names(desk.step()) == [("next", 16)]
+    assert desk.pool.num_cached == 0
+
+
+def test_who_was_computed_in_other_pieces_leaves_nothing_to_others_later_either() -> None:
+    desk = Desk(num_blocks=64, tile=4)
+    apart = desk.add("apart", 16)
+    desk.scheduler.distrust(apart)
+    for _ in range(9):
+        desk.step()
+    desk.scheduler.end(apart)
+    assert desk.pool.num_cached == 0
+
+
+def test_switched_off_nothing_is_kept() -> None:
+    desk = Desk(num_blocks=64, tile=4, prefix_cache=False)
+    for name in ("first", "second"):
+        sequence = desk.add(name, 16)
+        assert names(desk.step()) == [(name, 16)]
+        desk.scheduler.end(sequence)
+    assert desk.pool.num_cached == 0
