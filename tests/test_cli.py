@@ -45,13 +45,10 @@ def test_help_answers_without_any_heavy_library() -> None:
         "import sys, lorikeet\nsys.argv = ['lorikeet', '--help']\ntry: lorikeet.main()\nexcept SystemExit: pass\n"
         "print('LOADED', *sorted(set(sys.modules)))"
     )
-    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    after = os.times()
     loaded = set(done.stdout.partition("LOADED")[2].split())
     assert "adapters" in done.stdout
     assert loaded.isdisjoint(HEAVY)
-    assert after.children_user - before.children_user < 0.3
 
 
 def test_the_folder_of_the_entry_point_wins_over_a_stranger_named_adapters(tmp_path: Path) -> None:
