@@ -10,6 +10,7 @@ from typing import Literal
 
 Quantization = Literal["nf4", "none"]
 CpuLinear = Literal["auto", "float32", "dequantised", "packed", "unpacked"]
+CudaKernels = Literal["auto", "triton", "torch"]
 
 POCKET = "pocket"
 
@@ -34,5 +35,9 @@ class BaseConfig:
     """Overrides the checkpoint's largest area of a resized image."""
     cpu_linear: CpuLinear = "auto"
     """How linears compute on a CPU: see base/linear.py. Not used on other devices."""
+    cuda_kernels: CudaKernels = "auto"
+    """Whose kernels compute 4-bit linears, attention and adapters on CUDA: ``auto`` takes each of ours that agrees with
+    its plain twin when it is tried at load (base/kernel_check.py), ``triton`` makes one that does not an error, and
+    ``torch`` takes bitsandbytes and torch. Not used on other devices."""
     local_files_only: bool = False
     """Never ask the hub, use what it left in its cache."""

@@ -3,6 +3,7 @@
 BaseError
 ├── BaseNotFound           the folder or hub id cannot be read
 ├── UnsupportedBase        it is read, but it is not a base that we can serve
+├── KernelRefused          a kernel that was insisted on does not serve here, or broke the device when it was tried
 └── PromptError            one prompt is at fault, not the base
     ├── InvalidImageCount  image placeholders and images do not match
     ├── InvalidImage       an image that cannot be made into patches
@@ -29,6 +30,13 @@ class UnsupportedBase(BaseError):
         self.source = source
         self.reason = reason
         super().__init__(f"cannot serve the base {source!r}: {reason}")
+
+
+class KernelRefused(BaseError):
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind = kind
+        self.reason = reason
+        super().__init__(f"the {kind} kernel cannot serve here ({reason}): set cuda_kernels to torch")
 
 
 class PromptError(BaseError):

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from base.config import CpuLinear
 from base.float32_linear import Float32Linear, has_float32_product
+from base.ops.nf4_linear import Nf4Linear
 
 DEQUANTISED_BYTES_LIMIT: Final = 2 << 30
 """``auto`` keeps dequantised weights up to this many bytes: the pocket base by far, no published Qwen2.5-VL."""
@@ -104,7 +105,7 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
     Takes what the loader leaves (on any device) and plain linears. Raises TypeError for anything else, and ValueError
     for a 4-bit linear that was packed without us, whose weight can be had only roughly.
     """
-    if isinstance(linear, PackedLinear | Float32Linear):
+    if isinstance(linear, PackedLinear | Float32Linear | Nf4Linear):
         return linear.dequantised_weight().float()
     if isinstance(linear, Linear4bit):
         state = quant_state(linear)

@@ -18,9 +18,11 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from base.attention import LORIKEET_PAGED, register_attention
+from base.attention import LORIKEET_PAGED, PagedAttention, register_attention
 from base.checkpoint import Checkpoint, open_checkpoint
 from base.config import BaseConfig
+from base.cuda_attention import Heads, choose_attention
+from base.cuda_linear import settle_cuda_linears
 from base.errors import BaseNotFound, UnsupportedBase
 from base.fingerprint import fingerprint
 from base.linear import four_bit_names, settle_cpu_linears
@@ -29,6 +31,7 @@ from base.model import BaseModel, BaseSpec
 from base.processing import load_processor
 from base.processor import PatchSizes, Processor, TokenIds
 from base.quantization import QuantizationPlan, plan_quantization
+from base.torch_attention import TorchAttention
 
 logger = logging.getLogger("lorikeet.base")
 
@@ -38,7 +41,8 @@ CPU: Final = torch.device("cpu")
 def load_base(config: BaseConfig) -> BaseModel:
     """Load, quantise and check the base. Takes seconds to minutes; logs the memory that each part takes.
 
-    Raises BaseNotFound when it cannot be read, UnsupportedBase when it is read but cannot be served.
+    Raises BaseNotFound when it cannot be read, UnsupportedBase when it is read but cannot be served, KernelRefused when
+    ``config`` insists on a kernel that does not serve here.
     """
     with _quiet():
         return _load(config)
@@ -63,13 +67,26 @@ def _load(config: BaseConfig) -> BaseModel:
     plan = plan_quantization(checkpoint, config)
     module = _load_module(checkpoint, config, plan, device)
     _check_four_bit(module, plan, config.source)
-    if device.type == "cpu":
-        settle_cpu_linears(module, config.cpu_linear)
-    module.eval().requires_grad_(False)
     spec = _spec(checkpoint, config, plan, ids)
+    attention, kernels = _settle(module, spec, config, device)
+    module.eval().requires_grad_(False)
     memory = memory_by_part(module)
     _log(spec, memory, device, time.monotonic() - started)
-    return BaseModel(module, spec, processor, config, memory)
+    return BaseModel(module, spec, processor, config, memory, attention, kernels)
+
+
+def _settle(
+    module: Qwen2_5_VLForConditionalGeneration, spec: BaseSpec, config: BaseConfig, device: torch.device
+) -> tuple[PagedAttention, dict[str, str]]:
+    """Fix how linears and attention compute on this device; and where there was a choice of kernels, whose serve."""
+    if device.type == "cpu":
+        settle_cpu_linears(module, config.cpu_linear)
+    if device.type != "cuda":
+        return TorchAttention(), {}
+    linear = settle_cuda_linears(module.model.language_model, config.cuda_kernels, device)
+    heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    attention, kernels = choose_attention(heads, module.dtype, config.cuda_kernels, device)
+    return attention, {"linear": linear, **kernels}
 
 
 def _load_module(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from base.float32_linear import Float32Linear
 from base.linear import PackedLinear, quant_state
+from base.ops.nf4_linear import Nf4Linear
 
 PARTS = ("language_4bit", "language", "embeddings", "vision", "head", "other")
 
@@ -38,7 +39,7 @@ def _part(name: str, child: nn.Module) -> str:
         return "embeddings"
     if name.startswith("lm_head"):
         return "head"
-    if isinstance(child, Linear4bit | PackedLinear):
+    if isinstance(child, Linear4bit | PackedLinear | Nf4Linear):
         return "language_4bit"
     is_linear = hasattr(child, "in_features")
     return "language" if is_linear else "other"
@@ -51,6 +52,8 @@ def _tensors(child: nn.Module) -> Iterator[Tensor]:
         yield from _state_tensors(quant_state(child))
     elif isinstance(child, PackedLinear):
         yield from _state_tensors(child.state)
+    elif isinstance(child, Nf4Linear):
+        yield from child.nf4.tensors
 
 
 def _state_tensors(state: object) -> Iterator[Tensor]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from base.attention import AttentionPlan, segments_of
+from base.attention import AttentionPlan, PagedAttention, segments_of
 from base.config import BaseConfig
 from base.decoder import Decoder
 from base.prompt import Grid
-from base.torch_attention import TorchAttention
 from base.vision import VisionTower
 
 if TYPE_CHECKING:
@@ -65,13 +64,17 @@ class BaseModel:
         processor: Processor,
         config: BaseConfig,
         memory_by_part: Mapping[str, int],
+        attention: PagedAttention,
+        kernels: Mapping[str, str],
     ) -> None:
         self.module = module
         self.spec = spec
         self.processor = processor
         self.config = config
         self.vision = VisionTower(module.model.visual)
-        self.decoder = Decoder(module.model.language_model, TorchAttention())
+        self.decoder = Decoder(module.model.language_model, attention)
+        self.kernels = dict(kernels)
+        """Whose kernels compute what (``linear``, ``attention``, ``prompts``); empty where there was no choice."""
         self.memory_by_part = dict(memory_by_part)
         """Bytes of ``language_4bit``, ``language`` (16-bit, CPU copies included), ``embeddings``, ``vision``,
         ``head`` (0 when tied) and ``other``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from adapters.concatenation import ComposingReader
+from adapters.kernel_trial import try_lora
 from adapters.layer import attach
 from adapters.mover import Mover
 from adapters.ref import AdapterRef
@@ -19,6 +20,7 @@ from adapters.routing import RoutingSet
 from adapters.sites import SiteTable, discover_sites
 from adapters.slots import SlotBank
 from adapters.weights import AdapterWeights
+from base.kernel_check import may_serve
 from base.linear import dequantised_weight
 from base.model import BaseModel
 from engine.blocks import BlockPool
@@ -61,6 +63,8 @@ class EngineParts:
     memory: MemoryPlan
     max_model_len: int
     num_blocks: int
+    kernels: Mapping[str, str]
+    """Whose kernels compute what; empty where there is no choice."""
     close: Callable[[], None]
     """Once the loop has ended."""
 
@@ -70,7 +74,7 @@ def build_engine(
 ) -> EngineClient:
     """An engine on a thread of this process, and its client.
 
-    Mutates ``base``: its linears are wrapped. One engine a base. Raises ValueError where the memory cannot hold it.
+    Mutates ``base``: its linears are wrapped. One engine a base. Raises as ``build_parts``.
     """
     inbound: list[EngineClient] = []
     parts = build_parts(base, source, config, observer or SilentObserver(), lambda m: inbound[0].deliver(m))
@@ -89,13 +93,14 @@ def build_parts(
 ) -> EngineParts:
     """Attach the adapter layers to the base, take the KV memory, and warm up. ``deliver`` is called in the loop.
 
-    Raises ValueError where the memory cannot hold it.
+    Raises ValueError where the memory cannot hold it, and KernelRefused as ``may_serve``.
     """
     sites = discover_sites(base.module)
     num_probe_blocks = probe_blocks(base, config.block_size)
     plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks)
     _log_plan(plan)
-    bank, routing = _attach_adapters(base, sites, config)
+    kernels = _kernels(base, sites, config)
+    bank, routing = _attach_adapters(base, sites, config, is_triton=kernels.get("adapters") == "triton")
     num_blocks = plan.kv_bytes // kv_bytes_per_token(base.spec, base.dtype) // config.block_size
     max_model_len = _max_model_len(base, config, num_blocks)
     vision_cache = VisionCache(config.vision_cache_bytes)
@@ -111,14 +116,14 @@ def build_parts(
         bank, ComposingReader(source.load), config.host_adapter_bytes, lambda: engine.inbox.put(Wake())
     )
     swaps = AdapterSwaps(residency, mover, bank, probe, observer)
-    board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0))
+    board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0), kernels)
     vocab_size = base.spec.vocab_size
     lifecycle = Lifecycle(residency, observer, grammars, base.spec.eos_token_ids, vocab_size, max_model_len)
     executor = Executor(runner, Sampler(vocab_size), observer)
     engine = Engine(config, scheduler, executor, swaps, lifecycle, board, observer, deliver)
     probe.warm_up()
     logger.info("engine.ready kv_tokens=%d max_model_len=%d", num_blocks * config.block_size, max_model_len)
-    return EngineParts(engine, board, grammars, plan, max_model_len, num_blocks, mover.close)
+    return EngineParts(engine, board, grammars, plan, max_model_len, num_blocks, kernels, mover.close)
 
 
 def _slot_dtype(base: BaseModel) -> torch.dtype:
@@ -126,10 +131,26 @@ def _slot_dtype(base: BaseModel) -> torch.dtype:
     return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
-def _attach_adapters(base: BaseModel, sites: SiteTable, config: EngineConfig) -> tuple[SlotBank, RoutingSet]:
+def _kernels(base: BaseModel, sites: SiteTable, config: EngineConfig) -> dict[str, str]:
+    """The base's, and who computes adapters; empty where there is no choice. Raises KernelRefused."""
+    if base.device.type != "cuda":
+        return {}
+    dtypes = (_slot_dtype(base), base.dtype)
+    is_triton = may_serve(
+        "adapters",
+        lambda: try_lora(base.module, sites, config.max_rank, *dtypes, base.device),
+        base.config.cuda_kernels,
+        base.device,
+    )
+    return {**base.kernels, "adapters": "triton" if is_triton else "torch"}
+
+
+def _attach_adapters(
+    base: BaseModel, sites: SiteTable, config: EngineConfig, *, is_triton: bool
+) -> tuple[SlotBank, RoutingSet]:
     bank = SlotBank(sites, config.num_slots, config.max_rank, _slot_dtype(base), base.device)
     routing = RoutingSet.on(base.device)
-    attach(base.module, sites, bank, routing, dequantised_weight)
+    attach(base.module, sites, bank, routing, dequantised_weight, is_triton=is_triton)
     return bank, routing
 
 

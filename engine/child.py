@@ -112,6 +112,7 @@ def _build(begin: Begin, pipe: Pipe) -> tuple[EngineParts, EngineFacts]:
         memory=parts.memory,
         max_model_len=parts.max_model_len,
         num_blocks=parts.num_blocks,
+        kernels=parts.kernels,
         picture=parts.board.picture,
     )
     return parts, facts

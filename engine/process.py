@@ -266,7 +266,7 @@ class EngineProcess:
         """It is ready. One that loaded another base than the first is not let in: caches and names would lie."""
         if self._first.done() and self._first.result().spec.fingerprint != facts.spec.fingerprint:
             raise TypeError("the base on disk is another one than this server was started with")
-        self._board = StatusBoard(facts.num_blocks, facts.picture)
+        self._board = StatusBoard(facts.num_blocks, facts.picture, facts.kernels)
         with self._lock:
             self._pipe = pipe
         if not self._first.done():

@@ -73,6 +73,7 @@ class EngineFacts:
     memory: MemoryPlan
     max_model_len: int
     num_blocks: int
+    kernels: Mapping[str, str]
     picture: Picture
 
 

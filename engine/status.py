@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from adapters.ref import AdapterRef
@@ -46,6 +46,8 @@ class EngineStatus:
     num_recoveries: int = 0
     is_restarting: bool = False
     """It died or hung, and a new one is being started."""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """Whose kernels compute what, by kind; empty where there is no choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,11 @@ def idle_picture(num_slots: int) -> Picture:
 class StatusBoard:
     """One writer, any readers: assignment of one reference is all that is shared."""
 
-    def __init__(self, kv_blocks_total: int, first: Picture) -> None:
+    def __init__(
+        self, kv_blocks_total: int, first: Picture, kernels: Mapping[str, str] | None = None
+    ) -> None:
         self._kv_blocks_total = kv_blocks_total
+        self._kernels = dict(kernels or {})
         self._picture = first
         self._heartbeat_s = time.monotonic()
         self.on_publish: Callable[[Picture], None] | None = None
@@ -132,4 +137,5 @@ class StatusBoard:
             steps=picture.num_steps,
             heartbeat_age_s=self.heartbeat_age_s,
             num_recoveries=picture.num_recoveries,
+            kernels=self._kernels,
         )

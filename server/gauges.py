@@ -49,6 +49,7 @@ class StatusCollector(Collector):
         yield _slots(status)
         yield _bytes(status, self._store_bytes())
         yield self._info()
+        yield _kernels(status)
         yield _gauge("lorikeet_kv_cache_usage_ratio", "Used part of the KV blocks.", _kv_usage(status))
         yield _gauge("lorikeet_ready", "1 when the server takes requests.", float(self._is_ready()))
         yield from self._vllm(status)
@@ -115,6 +116,13 @@ class StatusCollector(Collector):
         )
         family.add_metric([str(self._facts.num_slots), running, waiting], time.time())
         return family
+
+
+def _kernels(status: EngineStatus) -> Metric:
+    family = GaugeMetricFamily("lorikeet_kernels_info", "Whose kernels compute what.", labels=["kind", "by"])
+    for kind, by in status.kernels.items():
+        family.add_metric([kind, by], 1)
+    return family
 
 
 def _kv_usage(status: EngineStatus) -> float:

@@ -73,6 +73,7 @@ def has_own_process(settings: Settings) -> bool:
 
 def _on_a_thread(settings: Settings, packages: Path) -> tuple[House, Callable[[], None]]:
     from adapters.sites import discover_sites
+    from base.errors import BaseError
     from base.loader import load_base
     from engine.build import build_engine
     from engine.exhaustion import is_out_of_memory
@@ -82,7 +83,7 @@ def _on_a_thread(settings: Settings, packages: Path) -> tuple[House, Callable[[]
     def open_engine(registry: Registry, observer: Observer) -> EngineClient:
         try:
             return build_engine(base, registry, settings.engine_config(), observer)
-        except (ValueError, MemoryError) as error:
+        except (BaseError, ValueError, MemoryError) as error:
             raise HousingError(str(error)) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):

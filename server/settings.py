@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     device: str = _set("auto", "torch device", "auto is CUDA where there is one, else the CPU.")
     cpu_linear: Literal["auto", "float32", "dequantised", "packed", "unpacked"] = _set(
         "auto", "kind", "How layers compute on a CPU: auto keeps float32 or, with AVX512-BF16, 16-bit copies.")
+    cuda_kernels: Literal["auto", "triton", "torch"] = _set(
+        "auto", "kind", "On CUDA: auto takes each Triton kernel that agrees with its plain twin at start, triton "
+        "insists, torch takes bitsandbytes and torch.")
     min_pixels: Count | None = _set(None, "pixels", "Smallest area an image is resized to; none is the checkpoint's.")
     max_pixels: Count | None = _set(None, "pixels", "Largest area an image is resized to; none is the checkpoint's.")
     local_files_only: bool = _set(False, "yes or no", "Yes never asks the hub: for machines without a network.")
@@ -243,6 +246,7 @@ class Settings(BaseSettings):
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             cpu_linear=self.cpu_linear,
+            cuda_kernels=self.cuda_kernels,
             local_files_only=self.local_files_only,
         )
 

@@ -48,6 +48,13 @@ class Nf4Weight:
         return self.codes.shape[1]
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it takes on the device, tables that weights may share included."""
+        outer = self.outer
+        nested = () if outer is None else (outer.code, outer.scales, outer.starts, outer.offsets)
+        return (self.codes, self.scales, self.code, *nested)
+
+    @property
     def num_bytes(self) -> int:
         outer = () if self.outer is None else (self.outer.scales, self.outer.starts, self.outer.offsets)
         return sum(tensor.nbytes for tensor in (self.codes, self.scales, *outer))

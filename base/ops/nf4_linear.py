@@ -48,6 +48,10 @@ class Nf4Linear(nn.Module):
         self.is_fused = weight.codes.is_cuda if is_fused is None else is_fused
         self._copies = copies
 
+    def take_copies_from(self, copies: Copies) -> None:
+        """It makes the copies for many rows from now on; it knows all of a model's weights, so it comes after them."""
+        self._copies = copies
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features).to(self.dtype)

@@ -50,6 +50,7 @@ def load_training_base(recipe: Recipe, device: str = "auto") -> BaseModel:
         min_pixels=recipe.min_pixels,
         max_pixels=recipe.max_pixels,
         cpu_linear="unpacked",  # packing is for serving: it has no gradient and rounds scales
+        cuda_kernels="torch",  # ours have no gradient
     )
     base = load_base(replace(config, dtype=training_dtype(recipe, device)))
     if base.device.type == "cpu" and base.dtype == torch.float32:

@@ -55,5 +55,6 @@ class Bases:
 
 
 def _serves(base: BaseModel) -> bool:
-    """Whether a server's base would be this very one. On a CPU a server's linears compute otherwise."""
+    """Whether a server's base would be this very one. On a CPU a server's linears compute otherwise; on a GPU they
+    sum the same numbers in another order, and all is judged by margins."""
     return base.device.type != "cpu" and base.spec.dtype == BaseConfig().dtype

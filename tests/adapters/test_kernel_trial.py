@@ -1,0 +1,92 @@
+"""The trial of Triton's adapters: agreement of every kind of site and rank here, and a planted fault is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapters import kernel_trial
+from adapters.kernel_trial import try_lora
+from adapters.ops import triton_ops
+from adapters.sites import Site
+from adapters.slots import SlotBank
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these, compiled")
+
+CPU = torch.device("cpu")
+SITES = {
+    "a": Site("a", 128, 80, "language"),
+    "b": Site("b", 72, 128, "vision"),
+    "like_a": Site("like_a", 128, 80, "language"),
+    "four": Site("four", 128, 80, "language"),
+}
+
+
+class FourBit(nn.Linear):
+    is_quantised = True
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({
+        "a": nn.Linear(128, 80), "b": nn.Linear(72, 128, bias=False), "like_a": nn.Linear(128, 80),
+        "four": FourBit(128, 80),
+    })  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow over hundreds of rows."""
+    monkeypatch.setattr(kernel_trial, "STEPS", kernel_trial.STEPS[:3])
+
+
+def worst(dtype: torch.dtype) -> dict[str, float]:
+    """Of each site, the largest error over its output's own size."""
+    errors: dict[str, float] = {}
+    for what, found, expected in try_lora(model(), SITES, 16, dtype, dtype, CPU):
+        assert found.dtype == expected.dtype == dtype
+        name = what.split()[0]
+        apart = (found - expected).float().norm() / expected.float().norm()
+        errors[name] = max(errors.get(name, 0.0), float(apart))
+    return errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_site_of_each_kind_agrees(dtype: torch.dtype) -> None:
+    errors = worst(dtype)
+    assert set(errors) == {"a", "b", "four"}
+    assert max(errors.values()) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+def planted_slots(y: Tensor, x: Tensor, *args: object, real: Callable[..., Tensor]) -> Tensor:
+    return real(y, x.roll(1, 0), *args)
+
+
+def test_rows_of_another_request_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters import triton_lora
+
+    real = triton_ops.add_lora
+    monkeypatch.setattr(triton_lora, "add_lora", lambda y, x, *rest: planted_slots(y, x, *rest, real=real))
+    assert min(worst(torch.float32).values()) > 0.1
+
+
+def test_every_step_has_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters change the output, by as much as the base's; several ranks are there, DoRA's scale too."""
+    banks: list[SlotBank] = []
+    real = kernel_trial._bank
+    monkeypatch.setattr(kernel_trial, "_bank", lambda *args: banks.append(real(*args)) or banks[0])
+    for what, _, expected in try_lora(model(), SITES, 16, torch.float32, torch.float32, CPU):
+        rows = int(what.split()[-2])
+        y = kernel_trial._numbers(2, rows, expected.shape[1])
+        share = float((expected - y).norm() / y.norm())
+        assert 0.3 < share < 5, (what, share)
+    shelf = banks[0].shelf("a")
+    assert [form.rank for form in shelf.forms] == [8, 8, 16]
+    assert [form.is_dora for form in shelf.forms] == [False, False, True]
+
+
+def test_without_adapters_of_several_ranks_there_is_still_a_trial() -> None:
+    assert len(list(try_lora(model(), SITES, 1, torch.float32, torch.float32, CPU))) == 9
