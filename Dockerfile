@@ -1,6 +1,7 @@
 # Lorikeet in a container. Two variants from one file:
 #   docker build -t lorikeet .                                CPU: no CUDA library inside
-#   docker build -t lorikeet:cuda --build-arg VARIANT=cuda .  GPU: PyPI's torch brings its own CUDA runtime
+#   docker build -t lorikeet:cuda --build-arg VARIANT=cuda --build-arg EXTRA_PACKAGES="gcc libc6-dev" .
+#                                                             GPU: PyPI's torch brings its own CUDA runtime
 #
 #   docker run -p 8000:8000 -e LORIKEET_API_KEY="$(openssl rand -hex 24)" --read-only --tmpfs /tmp -v lorikeet:/var/lib/lorikeet lorikeet
 #   docker run --gpus all ... -v hf:/var/cache/huggingface lorikeet:cuda serve --base Qwen/Qwen2.5-VL-3B-Instruct
@@ -29,8 +30,8 @@ RUN /opt/lorikeet/bin/pip install --no-deps .
 
 # ---- the image: Python, the libraries, a user without rights; no compiler, no package index, no source tree
 FROM python:${PYTHON}-slim AS runtime
-# Runtime libraries only. Nothing that the server runs today compiles at run time; whoever adds a Triton kernel for GPUs
-# needs a C compiler here: --build-arg EXTRA_PACKAGES="gcc libc6-dev".
+# Runtime libraries only. On a GPU Triton's kernels compile at start, which takes a C compiler here; without one the server
+# says kernels.refused and takes bitsandbytes and torch. With: --build-arg EXTRA_PACKAGES="gcc libc6-dev".
 ARG EXTRA_PACKAGES=""
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libgomp1 $EXTRA_PACKAGES \

@@ -131,6 +131,8 @@ def test_attention_that_agrees_is_used() -> None:
 
 def test_prompts_that_disagree_go_without_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU torch's ``varlen_attn`` raises, so this is what happens without the patch, too."""
+    monkeypatch.setattr(cuda_attention, "DECODES", (((1, 1),),))
+    monkeypatch.setattr(cuda_attention, "PROMPTS", (((1, 4), (9, 9), (5, 20)),))
     monkeypatch.setattr(cuda_attention, "find_varlen", lambda: raising)
     assert choose_attention(HEADS, torch.float16, "auto", CPU)[1] == {
         "attention": "triton",

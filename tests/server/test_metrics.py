@@ -42,7 +42,7 @@ decode_stall_seconds step_seconds batch_rows batch_distinct_adapters image_encod
 prompt_tokens_total generation_tokens_total adapter_loads_total adapter_load_failures_total adapter_evictions_total
 adapter_cache_hits_total adapter_cache_misses_total prefix_cache_hits_tokens_total prefix_cache_misses_tokens_total
 image_cache_hits_total image_cache_misses_total http_requests_total requests_running requests_waiting adapter_slots
-adapter_bytes kv_cache_usage_ratio adapter_info ready
+adapter_bytes kv_cache_usage_ratio adapter_info kernels_info ready
 """
 VLLM_NAMES = """
 num_requests_running num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds inter_token_latency_seconds
@@ -74,6 +74,7 @@ def status(**changes: object) -> EngineStatus:
         "slot_bank_bytes": 300,
         "steps": 9,
         "heartbeat_age_s": 0.0,
+        "kernels": {"linear": "bitsandbytes", "attention": "triton"},
     }
     return EngineStatus(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -180,6 +181,7 @@ def test_gauges_are_the_engines_status_now(metrics: Metrics) -> None:
     assert value(metrics, "lorikeet_adapter_slots", tier="host", state="resident") == 2
     assert value(metrics, "lorikeet_adapter_bytes", tier="device") == 300
     assert value(metrics, "lorikeet_kv_cache_usage_ratio") == 0.25
+    assert value(metrics, "lorikeet_kernels_info", kind="linear", by="bitsandbytes") == 1
     assert value(metrics, "lorikeet_ready") == 1
     assert value(metrics, "lorikeet_adapter_info", adapter="a", version="1", digest=f"{1:064x}") == 1
     assert value(metrics, "vllm:num_requests_waiting", model_name="the-base") == 3

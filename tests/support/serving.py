@@ -17,7 +17,7 @@ from adapters.ref import BASE, AdapterRef
 from adapters.registry import Registry
 from adapters.sites import discover_sites
 from adapters.validation import Limits
-from base.config import BaseConfig, CpuLinear
+from base.config import BaseConfig, CpuLinear, CudaKernels
 from base.loader import load_base
 from base.prompt import ImagePart, Message, PromptInputs, TextPart
 from engine.build import build_engine
@@ -70,8 +70,11 @@ class Rig:
         config: EngineConfig | None = None,
         device: str = "cpu",
         cpu_linear: CpuLinear = "auto",
+        cuda_kernels: CudaKernels = "auto",
     ) -> None:
-        self.base = load_base(BaseConfig(source=checkpoint, device=device, cpu_linear=cpu_linear))
+        self.base = load_base(
+            BaseConfig(source=checkpoint, device=device, cpu_linear=cpu_linear, cuda_kernels=cuda_kernels)
+        )
         self.sites = discover_sites(self.base.module)
         self.registry = Registry(state, self.sites, Limits(), [self.base.spec.name])
         self.recorder = Recorder()
