@@ -32,6 +32,10 @@ each round twice differ by some 0.4 %, and one that loses 64 of 18,944 inputs by
 PEAK_EPSILONS: Final = 8.0
 """A single number may be off by so many roundings of the row's largest."""
 
+OTHER_DEVICE: Final = (
+    "Triton starts kernels on the first device, not on {}: choose it by CUDA_VISIBLE_DEVICES"
+)
+
 Case = tuple[str, Tensor, Tensor]
 """What was computed, what came of it, and what the plain twin made of the same: two tensors [..., N] of one shape."""
 Trial = Callable[[], Iterator[Case]]
@@ -69,7 +73,11 @@ def may_serve(
     if choice == "torch":
         return False
     started = clock()
-    outcome = _attempt(kind, trial, device, started + limit_s, clock)
+    outcome: Agreement | Refusal
+    if device.type == "cuda" and device.index:
+        outcome = Refusal(OTHER_DEVICE.format(device))
+    else:
+        outcome = _attempt(kind, trial, device, started + limit_s, clock)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the memory plan counts what is free
     if isinstance(outcome, Refusal):

@@ -78,6 +78,16 @@ def test_torch_tries_nothing() -> None:
     assert not may_serve("linear", never, "torch", CPU)
 
 
+def test_kernels_serve_on_the_first_device_only(caplog: pytest.LogCaptureFixture) -> None:
+    """Triton asks the thread for its device, not the tensors: on another one it would read what is not there."""
+
+    def never() -> Iterator[Case]:
+        raise AssertionError("tried")
+
+    assert not may_serve("linear", never, "auto", torch.device("cuda", 1))
+    assert "not on cuda:1: choose it by CUDA_VISIBLE_DEVICES" in caplog.text
+
+
 def test_a_trial_ends_in_its_time_and_what_agreed_by_then_serves(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lorikeet.base")
     tried: list[int] = []
