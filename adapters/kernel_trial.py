@@ -49,7 +49,7 @@ def try_lora(
     biased = {name: getattr(module.get_submodule(name), "bias", None) is not None for name in sites}
     kinds = {
         (site.in_features, site.out_features, roundings[name], biased[name]): (name, site)
-        for name, site in reversed(sites.items())
+        for name, site in reversed(list(sites.items()))
     }
     chosen = dict(reversed(kinds.values()))
     bank = _bank(chosen, max_rank, bank_dtype, device)

@@ -77,7 +77,12 @@ def test_every_step_has_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) ->
     """Adapters change the output, by as much as the base's; several ranks are there, DoRA's scale too."""
     banks: list[SlotBank] = []
     real = kernel_trial._bank
-    monkeypatch.setattr(kernel_trial, "_bank", lambda *args: banks.append(real(*args)) or banks[0])
+
+    def kept(*args: object) -> SlotBank:
+        banks.append(real(*args))  # type: ignore[arg-type]
+        return banks[0]
+
+    monkeypatch.setattr(kernel_trial, "_bank", kept)
     for what, _, expected in try_lora(model(), SITES, 16, torch.float32, torch.float32, CPU):
         rows = int(what.split()[-2])
         y = kernel_trial._numbers(2, rows, expected.shape[1])

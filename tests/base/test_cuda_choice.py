@@ -22,6 +22,7 @@ from base.linear import dequantised_weight, four_bit_names
 from base.loader import load_base
 from base.memory import memory_by_part
 from base.ops import nf4_ops
+from base.ops.attention_ops import attend_decodes
 from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_linear import Nf4Linear
 from base.torch_attention import TorchAttention
@@ -168,7 +169,7 @@ def test_wrong_or_raising_attention_leaves_torchs(
 ) -> None:
     from base import triton_attention
 
-    real = triton_attention.attend_decodes
+    real = attend_decodes
     planted = kernel if kernel is raising else lambda query, *args: neighbours(query, *args, real=real)
     monkeypatch.setattr(triton_attention, "attend_decodes", planted)
     attention, kernels = choose_attention(HEADS, torch.float16, "auto", CPU)
