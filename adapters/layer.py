@@ -61,7 +61,7 @@ class MultiLoraLinear(nn.Module):
         return result.view(y.shape)
 
     def _add_by_triton(self, y: Tensor, x: Tensor, triton: TritonLora, kernels: TritonLinear) -> Tensor:
-        if triton.is_idle(self._shelf):
+        if triton.is_idle(self._shelf, self._routing):
             return y
         flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         if flat_y.shape[0] != self._routing.num_rows:

@@ -68,9 +68,15 @@ class Routing:
         self._rows: dict[int, list[int]] = {}
         self._num_rows = 0
         self._plans: dict[Layout, RoutePlan | None] = {}
+        self._is_open = False
 
-    def fill(self, segments: Sequence[tuple[int, int]]) -> None:
-        """Say for this step, in row order, that the next ``num_rows`` rows belong to ``slot`` (-1 for the base)."""
+    def fill(self, segments: Sequence[tuple[int, int]], *, is_open: bool = False) -> None:
+        """Say for this step, in row order, that the next ``num_rows`` rows belong to ``slot`` (-1 for the base).
+
+        is_open: the step is recorded and will be repeated with other rows and adapters; nothing that is idle now may
+        be left out.
+        """
+        self._is_open = is_open
         if tuple(segments) == self._segments:
             return
         self._segments = tuple(segments)
@@ -99,7 +105,12 @@ class Routing:
 
     @property
     def is_base_only(self) -> bool:
-        return not self._rows
+        return not self._rows and not self._is_open
+
+    @property
+    def is_open(self) -> bool:
+        """Whether others than those that it was filled with will come into the same step."""
+        return self._is_open
 
     def plan(self, layout: Layout) -> RoutePlan | None:
         """What a layer with this layout does this step; None if none of its slots in use touches it.

@@ -60,10 +60,9 @@ class TritonLora:
         tiles = self._steps.setdefault(routing, _Tiles(self._bank))
         return tiles.follow(routing)
 
-    def is_idle(self, shelf: Shelf) -> bool:
+    def is_idle(self, shelf: Shelf, routing: Routing) -> bool:
         """Whether nothing need be computed at a site. While a graph is captured never: who comes later must count."""
-        is_captured = self._bank.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return not shelf.pages and not is_captured
+        return not shelf.pages and not routing.is_open
 
     def add(
         self, y: Tensor, x: Tensor, linear: TritonLinear, routing: Routing, bias: Tensor | None

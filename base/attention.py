@@ -13,8 +13,9 @@ Does not know: requests, adapters, who allocates blocks. Place in a request's wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class PlanTensors:
     """A plan's facts on its device, in the form that kernels read. S segments, padded to the widest block table.
 
     A CUDA graph reads them where they lay at its capture: give it buffers of the bucket's size, refilled in place. Rows
-    beyond the step's own need a context length of 0 and a slot of a block that nobody reads.
+    beyond the step's own need a slot of a block that nobody reads, and one key, in that block.
     """
 
     block_table: Tensor  # [S, max_blocks] int32; 0 beyond a segment's own blocks
@@ -85,6 +86,16 @@ class PagedAttention(Protocol):
 
         For a CUDA graph this is what happens before the capture; the result's calls only launch kernels.
         """
+
+
+@runtime_checkable
+class DecodeAttention(Protocol):
+    """What a PagedAttention is besides if steps of decodes alone can be captured in a CUDA graph."""
+
+    def begin_decodes(
+        self, tensors: PlanTensors, key_cache: Sequence[Tensor], value_cache: Sequence[Tensor]
+    ) -> LayerAttention:
+        """One row a sequence. Everything that changes between steps is read from ``tensors``, whenever it is called."""
 
 
 def register_attention() -> None:

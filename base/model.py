@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from base.attention import AttentionPlan, PagedAttention, segments_of
+from base.attention import AttentionPlan, LayerAttention, PagedAttention, segments_of
 from base.config import BaseConfig
 from base.decoder import Decoder
 from base.prompt import Grid
@@ -129,6 +129,15 @@ class BaseModel:
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    @torch.no_grad()
+    def decode_into(self, logits: Tensor, ids: Tensor, positions: Tensor, attend: LayerAttention) -> None:
+        """One token a sequence, all the way: ids [S] and positions [3, S] int64 -> logits [S, V] float32, overwritten.
+
+        Launches kernels and nothing else if ``attend`` does, so that a CUDA graph may be captured over it.
+        """
+        hidden = self.decoder.run(self.embed_tokens(ids), positions, attend)
+        logits.copy_(self.module.lm_head(hidden))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from base.attention import AttentionPlan, Segment, segments_of
+from base.attention import AttentionPlan, PlanTensors, Segment, segments_of
 from base.ops.attention_ops import attend_decodes
 
 CAUSAL: Final = (-1, 0)
@@ -92,6 +92,30 @@ class TritonAttention:
     def begin(self, plan: AttentionPlan, dtype: torch.dtype) -> TritonStep:
         """What all layers of a step share; ``dtype`` is the queries'. ``varlen_attn`` takes 16 bits only."""
         return TritonStep(plan, self._varlen if dtype in (torch.bfloat16, torch.float16) else None)
+
+    def begin_decodes(
+        self, tensors: PlanTensors, key_cache: Sequence[Tensor], value_cache: Sequence[Tensor]
+    ) -> TritonDecodes:
+        """A step of one row a sequence, which a CUDA graph may capture."""
+        return TritonDecodes(tensors, key_cache, value_cache)
+
+
+class TritonDecodes:
+    """Steps of decodes alone, over tensors that are refilled in place: its calls only launch kernels."""
+
+    def __init__(
+        self, tensors: PlanTensors, key_cache: Sequence[Tensor], value_cache: Sequence[Tensor]
+    ) -> None:
+        self._slots = tensors.slot_mapping
+        self._decodes = Decodes(None, tensors.block_table, tensors.context_lens)
+        self._keys, self._values = tuple(key_cache), tuple(value_cache)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As ``TritonStep``'s."""
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1).index_copy_(0, self._slots, key)
+        values.flatten(0, 1).index_copy_(0, self._slots, value)
+        return _attend_decodes(query, keys, values, self._decodes, scaling)
 
 
 class TritonStep:

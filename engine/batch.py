@@ -21,8 +21,9 @@ from engine.step import Chunk, StepPlan
 from engine.tiling import Tiling
 from engine.vision_cache import ImageKey
 
-_IDS, _SLOTS, _POSITIONS = 0, 1, slice(2, 5)
-_NUM_ROWS = 5
+IDS, SLOTS, POSITIONS = 0, 1, slice(2, 5)
+NUM_FACTS = 5
+"""Numbers of a token: its id, its place in the cache, three positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +57,17 @@ def build_batch(plan: StepPlan, cache: KVCache, device: torch.device, tiling: Ti
     starts = _starts(chunks)
     rows, counts = _logit_rows(chunks, starts)
     num_tokens = starts[-1]
-    host = np.empty(_NUM_ROWS * num_tokens + len(rows), dtype=np.int64)
-    tokens = host[: _NUM_ROWS * num_tokens].reshape(_NUM_ROWS, num_tokens)
+    host = np.empty(NUM_FACTS * num_tokens + len(rows), dtype=np.int64)
+    tokens = host[: NUM_FACTS * num_tokens].reshape(NUM_FACTS, num_tokens)
     for chunk, start in zip(chunks, starts, strict=False):
-        _write(tokens[:, start : start + chunk.num_tokens], chunk, cache.block_size)
+        write_facts(tokens[:, start : start + chunk.num_tokens], chunk, cache.block_size)
     host[tokens.size :] = rows
     flat = torch.from_numpy(host).to(device, non_blocking=True)
-    columns = flat[: tokens.size].view(_NUM_ROWS, num_tokens)
+    columns = flat[: tokens.size].view(NUM_FACTS, num_tokens)
     return Batch(
-        ids=columns[_IDS],
-        positions=columns[_POSITIONS],
-        attention=_attention_plan(chunks, columns[_SLOTS], cache, tiling),
+        ids=columns[IDS],
+        positions=columns[POSITIONS],
+        attention=_attention_plan(chunks, columns[SLOTS], cache, tiling),
         segments=tuple((c.num_tokens, c.sequence.slot) for c in chunks),
         image_spans=tuple(_image_spans(chunks, starts)),
         logit_rows=flat[tokens.size :],
@@ -81,7 +82,7 @@ def _starts(chunks: Seq[Chunk]) -> list[int]:
     return starts
 
 
-def _write(columns: NDArray[np.int64], chunk: Chunk, block_size: int) -> None:
+def write_facts(columns: NDArray[np.int64], chunk: Chunk, block_size: int) -> None:
     """Into [5, n]: each token's id, its place in the KV cache, and its three positions."""
     sequence = chunk.sequence
     if chunk.is_decode:
@@ -92,10 +93,10 @@ def _write(columns: NDArray[np.int64], chunk: Chunk, block_size: int) -> None:
         columns[:, 0] = (token_id, place, position, position, position)
         return
     indices = np.arange(chunk.start, chunk.end)
-    columns[_IDS] = sequence.token_ids(chunk.start, chunk.end)
+    columns[IDS] = sequence.token_ids(chunk.start, chunk.end)
     blocks = np.asarray(sequence.blocks, dtype=np.int64)
-    columns[_SLOTS] = blocks[indices // block_size] * block_size + indices % block_size
-    columns[_POSITIONS] = _positions(chunk, indices)
+    columns[SLOTS] = blocks[indices // block_size] * block_size + indices % block_size
+    columns[POSITIONS] = _positions(chunk, indices)
 
 
 def _positions(chunk: Chunk, indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,22 +19,28 @@ from adapters.room import Room
 from adapters.routing import RoutingSet
 from adapters.sites import SiteTable, discover_sites
 from adapters.slots import SlotBank
+from adapters.triton_lora import TritonLora
 from adapters.weights import AdapterWeights
+from base.attention import DecodeAttention
 from base.kernel_check import may_serve
 from base.linear import dequantised_weight
 from base.model import BaseModel
 from engine.blocks import BlockPool
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.decode_buffers import DecodeBuffers
 from engine.engine import Engine
 from engine.executor import Executor
 from engine.grammar import GrammarCompiler
+from engine.graph_memory import graph_bytes, max_graph_blocks, num_graph_rows
+from engine.graphs import DecodeGraphs
 from engine.kv import KVCache, kv_bytes_per_token
 from engine.lifecycle import Lifecycle
 from engine.memory import MemoryPlan, plan_memory
 from engine.messages import Outbound, Wake
 from engine.observer import Observer, SilentObserver
 from engine.probe import Probe, probe_blocks
+from engine.recorder import CudaRecorder
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -97,14 +103,19 @@ def build_parts(
     """
     sites = discover_sites(base.module)
     num_probe_blocks = probe_blocks(base, config.block_size)
-    plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks)
+    attention = graph_attention(base, config)
+    for_graphs = 0 if attention is None else graph_bytes(config, base.spec, sites, base.dtype.itemsize)
+    plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks, for_graphs)
     _log_plan(plan)
     kernels = _kernels(base, sites, config)
-    bank, routing = _attach_adapters(base, sites, config, is_triton=kernels.get("adapters") == "triton")
+    bank, routing, lora = _attach_adapters(base, sites, config, is_triton=kernels.get("adapters") == "triton")
     num_blocks = plan.kv_bytes // kv_bytes_per_token(base.spec, base.dtype) // config.block_size
     max_model_len = _max_model_len(base, config, num_blocks)
     vision_cache = VisionCache(config.vision_cache_bytes)
-    cache = KVCache(base.spec, num_blocks + num_probe_blocks, config.block_size, base.dtype, base.device)
+    scratch_block = num_blocks + num_probe_blocks  # of recorded decodes alone
+    cache = KVCache(
+        base.spec, scratch_block + (attention is not None), config.block_size, base.dtype, base.device
+    )
     tiling = _tiling(base, config)
     runner = Runner(base, routing, cache, vision_cache, tiling)
     probe = Probe(base, runner, vision_cache, num_blocks, config.block_size)
@@ -122,6 +133,11 @@ def build_parts(
     executor = Executor(runner, Sampler(vocab_size), observer)
     engine = Engine(config, scheduler, executor, swaps, lifecycle, board, observer, deliver)
     probe.warm_up()
+    if attention is not None:
+        buffers = graph_buffers(base, config, max_model_len, scratch_block)
+        graphs = DecodeGraphs(base, attention, cache, routing.language, lora, buffers)
+        graphs.record(CudaRecorder(base.device))
+        runner.replay_with(graphs)
     logger.info("engine.ready kv_tokens=%d max_model_len=%d", num_blocks * config.block_size, max_model_len)
     return EngineParts(engine, board, grammars, plan, max_model_len, num_blocks, kernels, mover.close)
 
@@ -145,13 +161,44 @@ def _kernels(base: BaseModel, sites: SiteTable, config: EngineConfig) -> dict[st
     return {**base.kernels, "adapters": "triton" if is_triton else "torch"}
 
 
+def graph_attention(base: BaseModel, config: EngineConfig) -> DecodeAttention | None:
+    """What decodes are recorded over; None where they are not.
+
+    Raises ValueError where they must be and cannot: on a device without CUDA graphs, or over attention that lives in
+    Python's numbers.
+    """
+    if config.cuda_graphs == "off":
+        return None
+    attention = base.decoder.attention
+    if base.device.type == "cuda" and isinstance(attention, DecodeAttention):
+        return attention
+    if config.cuda_graphs == "on":
+        raise ValueError(
+            f"cuda_graphs is on, and {type(attention).__name__} on {base.device} cannot be recorded: set it to auto"
+        )
+    return None
+
+
+def graph_buffers(
+    base: BaseModel, config: EngineConfig, max_model_len: int, scratch_block: int
+) -> DecodeBuffers:
+    return DecodeBuffers(
+        num_graph_rows(config),
+        max_graph_blocks(config, max_model_len),
+        config.block_size,
+        scratch_block,
+        base.spec.vocab_size,
+        base.device,
+    )
+
+
 def _attach_adapters(
     base: BaseModel, sites: SiteTable, config: EngineConfig, *, is_triton: bool
-) -> tuple[SlotBank, RoutingSet]:
+) -> tuple[SlotBank, RoutingSet, TritonLora | None]:
     bank = SlotBank(sites, config.num_slots, config.max_rank, _slot_dtype(base), base.device)
     routing = RoutingSet.on(base.device)
-    attach(base.module, sites, bank, routing, dequantised_weight, is_triton=is_triton)
-    return bank, routing
+    lora = attach(base.module, sites, bank, routing, dequantised_weight, is_triton=is_triton)
+    return bank, routing, lora
 
 
 def _log_plan(plan: MemoryPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 DEFAULT_KV_BYTES = 256 << 20
 """Where neither its size nor a budget for all is given."""
@@ -57,6 +58,8 @@ class EngineConfig:
     host_adapter_bytes: int = 1 << 30
     """Bytes of adapter weights kept in host memory behind the slots."""
     vision_cache_bytes: int = 256 << 20
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether decodes are recorded and replayed; auto: where the device and its attention can."""
     load_on_demand: bool = True
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0

@@ -18,7 +18,7 @@ from engine.clock import StepClock
 from engine.errors import EngineError, NumericalError, OutOfMemory, StepFailed
 from engine.exhaustion import Ceiling, halves, is_out_of_memory
 from engine.messages import TokenLogprob
-from engine.observer import ImagesEncoded, Observer, StepRetried
+from engine.observer import ImagesEncoded, Observer, Passed, StepRetried
 from engine.runner import Runner, StepLogits
 from engine.sampler import NumericalFailure, SampledToken, Sampler, score_prompt
 from engine.step import Chunk, StepPlan
@@ -116,6 +116,7 @@ class Executor:
     def _attempt(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         step = self._runner.run(plan)
         clock.split(step.seconds)
+        self._observer.record(Passed(step.way))
         if step.num_images:
             encode_s = step.seconds.get("encode", 0.0)
             self._observer.record(ImagesEncoded(step.num_images, step.num_patches, encode_s))

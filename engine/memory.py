@@ -55,9 +55,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: EngineConfig, base: BaseModel, sites: SiteTable, slot_dtype: torch.dtype, num_probe_blocks: int
+    config: EngineConfig,
+    base: BaseModel,
+    sites: SiteTable,
+    slot_dtype: torch.dtype,
+    num_probe_blocks: int,
+    graph_bytes: int = 0,
 ) -> MemoryPlan:
-    """Raises ValueError, saying what takes how much and what to change, where the budget cannot hold it."""
+    """graph_bytes: what recorded decodes take; 0 where there are none.
+
+    Raises ValueError, saying what takes how much and what to change, where the budget cannot hold it.
+    """
     device = device_memory(base.device, sum(base.memory_by_part.values()))
     block_bytes = kv_bytes_per_token(base.spec, base.dtype) * config.block_size
     weights = base.memory_by_part
@@ -68,6 +76,7 @@ def plan_memory(
         "image cache": config.vision_cache_bytes,
         "one step": step_bytes(config, base.spec, sites, base.dtype.itemsize),
         "probe": num_probe_blocks * block_bytes,
+        **({"graphs": graph_bytes} if graph_bytes else {}),
         "outside": device.outside_bytes,
     }
     budget_bytes = _budget_bytes(config, base.device, device)
@@ -77,8 +86,8 @@ def plan_memory(
     parts = {"KV cache": kv_bytes // block_bytes * block_bytes, **fixed}
     if budget_bytes is not None and sum(parts.values()) > budget_bytes:
         raise ValueError(_too_large(parts, budget_bytes))
-    order = [*weights, "adapter slots", "KV cache", "image cache", "one step", "probe", "outside"]
-    return MemoryPlan({name: parts[name] for name in order}, kv_bytes, budget_bytes)
+    order = [*weights, "adapter slots", "KV cache", "image cache", "one step", "probe", "graphs", "outside"]
+    return MemoryPlan({name: parts[name] for name in order if name in parts}, kv_bytes, budget_bytes)
 
 
 def step_bytes(config: EngineConfig, spec: BaseSpec, sites: SiteTable, itemsize: int) -> int:

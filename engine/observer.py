@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 from adapters.ref import AdapterRef
 from engine.clock import Phase
 
+Way = Literal["graph", "eager"]
+"""How a pass through the model was started: replayed, or kernel by kernel."""
 EndReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -24,6 +26,13 @@ class StepDone:
     num_prefill_tokens: int
     num_distinct_adapters: int
     """Distinct adapters in the batch, the base not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """One pass through the language model; a step may take several."""
+
+    way: Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,7 @@ class StepRetried:
 
 Event = (
     StepDone
+    | Passed
     | SequenceStarted
     | FirstToken
     | NextToken

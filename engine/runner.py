@@ -16,7 +16,9 @@ from adapters.routing import RoutingSet
 from base.model import BaseModel
 from engine.batch import Batch, build_batch
 from engine.clock import Phase, StepClock
+from engine.graphs import DecodeGraphs
 from engine.kv import KVCache
+from engine.observer import Way
 from engine.step import ImageJob, StepPlan
 from engine.tiling import Tiling
 from engine.vision_cache import VisionCache
@@ -24,7 +26,7 @@ from engine.vision_cache import VisionCache
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
-    """Logits of a plan's chunks, in plan order; ``counts[i]`` rows belong to chunk i."""
+    """Logits of a plan's chunks, in plan order; ``counts[i]`` rows belong to chunk i. Valid until the next run."""
 
     logits: Tensor  # [L, V] float32
     counts: tuple[int, ...]
@@ -33,6 +35,7 @@ class StepLogits:
     num_patches: int
     seconds: Mapping[Phase, float]
     """Of encode, batch and forward."""
+    way: Way = "eager"
 
     def last_rows(self, places: Seq[int]) -> Tensor:
         """[S, V]: the last row of each of these chunks, which want one; the logits themselves where they are all."""
@@ -61,11 +64,19 @@ class Runner:
         self._cache = cache
         self._vision_cache = vision_cache
         self._tiling = tiling
+        self._graphs: DecodeGraphs | None = None
+
+    def replay_with(self, graphs: DecodeGraphs) -> None:
+        """From here on, steps that are recorded there are replayed."""
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute the plan. If it raises, nothing but KV rows that the plan itself would rewrite has changed."""
         clock = StepClock()
+        if self._graphs is not None and (logits := self._graphs.run(plan)) is not None:
+            clock.lap("forward")
+            return StepLogits(logits, (1,) * len(plan.chunks), 0, 0, clock.seconds, "graph")
         encoded = self._encode(plan.image_jobs)
         clock.lap("encode")
         batch = build_batch(plan, self._cache, self._base.device, self._tiling)

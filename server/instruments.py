@@ -78,6 +78,9 @@ class Instruments:
         self.step_retries = self._counter(
             "step_retries_total", "Steps that threw and were run again in parts."
         )
+        self.passes = self._counter("forward_passes_total", "Passes through the language model.", "way")
+        for way in ("graph", "eager"):
+            self.passes.labels(way)
         self.adapter_load = self._histogram(
             "adapter_load_seconds", "Bringing an adapter to the device.", LOAD_S, "stage"
         )

@@ -23,6 +23,7 @@ from engine.observer import (
     ImageLookup,
     ImagesEncoded,
     NextToken,
+    Passed,
     SequenceEnded,
     SequenceStarted,
     StepDone,
@@ -100,6 +101,8 @@ class Metrics:
                 self._next_token(event)
             case StepDone():
                 self._step(event)
+            case Passed():
+                self._instruments.passes.labels(event.way).inc()
             case FirstToken():
                 self._first_token(event)
             case SequenceStarted():

@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     engine_process: Literal["auto", "yes", "no"] = _set(
         "auto", "yes, no or auto", "A process of its own for the engine, so that no stream waits for its Python and it "
         "is started anew if it dies; auto: on a GPU.")
+    cuda_graphs: Literal["auto", "on", "off"] = _set(
+        "auto", "on, off or auto", "Decodes on a GPU are recorded at start and replayed with one launch; on refuses to "
+        "start where that cannot be.")
     kv_memory: ByteSize | None = _set(None, "bytes", "Keys and values of all sequences; none is what device_memory "
                                       "leaves, and 256 MiB without it.")
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
@@ -272,6 +275,7 @@ class Settings(BaseSettings):
             else int(self.device_adapter_memory),
             host_adapter_bytes=int(self.host_adapter_memory),
             vision_cache_bytes=int(self.vision_cache_memory),
+            cuda_graphs=self.cuda_graphs,
             load_on_demand=self.load_on_demand,
         )
 
