@@ -1,8 +1,8 @@
 """Tape: a Recorder for CPUs that keeps to a CUDA graph's rules, so that what would go stale there goes stale here.
 
 While it records, it writes down every operation with the tensors and the numbers that it was given; playing it runs
-those operations again, into the same tensors, and no Python of the recorded code. Like a capture it refuses to look at a
-tensor's value and to take anything new from the host. Triton's kernels are interpreted, and are written down whole.
+those operations again, into the same tensors, and no Python of the recorded code. Like a capture it refuses to look at
+a tensor's value and to take anything new from the host. Triton's kernels are interpreted, and are written down whole.
 """
 
 from __future__ import annotations
