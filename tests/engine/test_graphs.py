@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from base.attention import PlanTensors
 from base.config import BaseConfig
 from base.loader import load_base
 from base.pocket import CHECKPOINT
+from engine.build import graph_attention, graph_buffers
+from engine.config import EngineConfig
+from engine.graph_memory import graph_bytes
 from engine.graphs import BUCKETS, buckets_up_to
 from engine.runner import StepLogits
 from engine.sequence import BASE_SLOT
@@ -63,7 +67,7 @@ MIXES: dict[str, Sequence[int]] = {
 @pytest.mark.parametrize("slots", MIXES.values(), ids=MIXES.keys())
 def test_a_replay_equals_the_eager_step_to_the_bit(stand: Stand, slots: Sequence[int]) -> None:
     rows = [stand.start(slot, num_prompt=2 + i, first_id=20 * i + 5) for i, slot in enumerate(slots)]
-    for _ in range(3):
+    for _ in range(2):
         assert is_same(*stand.step(rows))
     for row in rows:
         stand.end(row)
@@ -72,7 +76,7 @@ def test_a_replay_equals_the_eager_step_to_the_bit(stand: Stand, slots: Sequence
 def test_replays_follow_contexts_blocks_rows_and_swaps(stand: Stand) -> None:
     """One recording each, whatever came between: what is stale anywhere is seen here."""
     rows = [stand.start(slot, num_prompt=3, first_id=9 * i + 2) for i, slot in enumerate([0, 1, -1])]
-    for _ in range(2 * BLOCK):  # into blocks that no table had
+    for _ in range(BLOCK + 1):  # into blocks that no table had
         assert is_same(*stand.step(rows))
     stand.move(rows[0])  # as one that was preempted
     assert is_same(*stand.step(rows))
@@ -266,6 +270,29 @@ def test_a_row_that_is_routed_to_an_empty_slot_is_refused(stand: Stand) -> None:
     with pytest.raises(ValueError, match="slot 2, which holds no adapter"):
         stand.recorded.run(stand.plan([row]))
     stand.load(2, 3)
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_a_cpu_records_nothing(stand: Stand, choice: Literal["auto", "off"]) -> None:
+    assert graph_attention(stand.base, EngineConfig(cuda_graphs=choice)) is None
+
+
+def test_graphs_that_must_be_and_cannot_are_a_refusal(stand: Stand) -> None:
+    with pytest.raises(
+        ValueError, match="cuda_graphs is on, and PlainDecodeAttention on cpu cannot be recorded"
+    ):
+        graph_attention(stand.base, EngineConfig(cuda_graphs="on"))
+
+
+def test_the_memory_plan_counts_the_buffers(stand: Stand) -> None:
+    config = EngineConfig(max_running=30, max_model_len=4096)
+    buffers = graph_buffers(stand.base, config, 4096, 0)
+    assert buffers.num_rows == 32
+    rows = buffers.rows(32)
+    least = rows.logits.nbytes + rows.tensors.block_table.nbytes
+    assert least < graph_bytes(config, stand.base.spec, stand.sites, 2) < least + (256 << 20)
+    fewer = graph_bytes(replace(config, max_running=1), stand.base.spec, stand.sites, 2)
+    assert fewer < graph_bytes(config, stand.base.spec, stand.sites, 2)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 33, 64, 65, 128, 500])

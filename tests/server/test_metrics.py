@@ -25,6 +25,7 @@ from engine.observer import (
     ImageLookup,
     ImagesEncoded,
     NextToken,
+    Passed,
     SequenceEnded,
     SequenceStarted,
     StepDone,
@@ -138,6 +139,13 @@ def test_a_request_moves_its_adapters_series(metrics: Metrics) -> None:
         assert value(metrics, "lorikeet_request_latency_seconds_sum", adapter=label) == pytest.approx(0.5)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", model_name="the-base") == 2
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum", model_name="the-base") == pytest.approx(1.0)
+
+
+def test_passes_are_counted_by_way(metrics: Metrics) -> None:
+    assert value(metrics, "lorikeet_forward_passes_total", way="graph") == 0
+    record(metrics, Passed("graph"), Passed("graph"), Passed("eager"))
+    assert value(metrics, "lorikeet_forward_passes_total", way="graph") == 2
+    assert value(metrics, "lorikeet_forward_passes_total", way="eager") == 1
 
 
 def test_adapter_and_image_events_are_counted(metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.recorder import WARM_UPS
 
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero")
+FORBIDDEN = ("item", "_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero")
 
 
 class Tape:
