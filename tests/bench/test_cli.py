@@ -115,7 +115,7 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) 
 
 def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path: Path) -> None:
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
         "from bench.options import told\n"
         "from bench.serving import free_port, serve\n"
@@ -125,10 +125,11 @@ def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path: Path) -> None:
         "command = (sys.executable, '-m', 'http.server', str(port), '--bind', '127.0.0.1', '-d', str(folder))\n"
         "with told(), serve(command, f'http://127.0.0.1:{port}', folder / 'log', ready='/health') as served:\n"
         "    print(served.pid, flush=True)\n"
-        "    sys.stdin.read()\n"
+        "    while True:\n"
+        "        time.sleep(0.05)\n"  # a signal just before one long wait would be seen only after it
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
