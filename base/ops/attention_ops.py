@@ -47,6 +47,7 @@ def attend_decodes(
     Raises ValueError for heads that do not fit the kernel.
     """
     from base.ops.kernels import attention as kernels
+    from base.ops.kernels.rounding import ELEMENTS, IS_INTERPRETED
 
     num_rows, num_heads, dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
@@ -59,7 +60,7 @@ def attend_decodes(
     sums = torch.empty((num_rows, num_heads, sizes.splits, dim), dtype=torch.float32, device=query.device)
     tops = torch.empty((2, num_rows, num_heads, sizes.splits), dtype=torch.float32, device=query.device)
     out = torch.empty((num_rows, num_heads, dim), dtype=query.dtype, device=query.device)
-    dtype = kernels.ELEMENTS[query.dtype]
+    dtype = ELEMENTS[query.dtype]
     kernels.attend[(num_rows, num_kv_heads, sizes.splits)](
         query,
         key_cache,
@@ -79,7 +80,7 @@ def attend_decodes(
         BLOCK_SIZE=block_size,
         SPLITS=sizes.splits,
         BLOCK_N=sizes.block_keys,
-        UPCAST=kernels.IS_INTERPRETED,
+        UPCAST=IS_INTERPRETED,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
     )
@@ -91,7 +92,7 @@ def attend_decodes(
         DIM=dim,
         DTYPE=dtype,
         SPLITS=sizes.splits,
-        UPCAST=kernels.IS_INTERPRETED,
+        UPCAST=IS_INTERPRETED,
         num_warps=1,
     )
     return out
@@ -109,6 +110,7 @@ def rotate_and_store(
 ) -> None:
     """Rotate queries and keys, and write keys and values to the cache. Rows may be slices of one merged output."""
     from base.ops.kernels import attention as kernels
+    from base.ops.kernels.rounding import ELEMENTS, IS_INTERPRETED
 
     num_rows, num_heads, dim = query.shape
     num_kv_heads = key.shape[1]
@@ -131,7 +133,7 @@ def rotate_and_store(
         key.stride(0),
         value.stride(0),
         DIM=dim,
-        DTYPE=kernels.ELEMENTS[query.dtype],
-        UPCAST=kernels.IS_INTERPRETED,
+        DTYPE=ELEMENTS[query.dtype],
+        UPCAST=IS_INTERPRETED,
         num_warps=1,
     )

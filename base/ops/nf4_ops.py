@@ -34,6 +34,7 @@ def matmul(
     permutes: whether codes are looked up by byte permutation; by default where the device can.
     """
     from base.ops.kernels import nf4 as kernels
+    from base.ops.kernels.rounding import ELEMENTS, IS_INTERPRETED
 
     num_rows, num_in = x.shape
     if num_in != weight.num_in or x.stride(1) != 1:
@@ -55,7 +56,7 @@ def matmul(
         NUM_IN=num_in,
         NUM_OUT=weight.num_out,
         STRIDE_X=x.stride(0),
-        DTYPE=kernels.ELEMENTS[x.dtype],
+        DTYPE=ELEMENTS[x.dtype],
         NESTED=weight.outer is not None,
         HAS_BIAS=bias is not None,
         PARTS=parts,
@@ -63,7 +64,7 @@ def matmul(
         BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n,
         **_assembly(weight, x.dtype, permutes),
-        UPCAST=kernels.IS_INTERPRETED,
+        UPCAST=IS_INTERPRETED,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
         enable_fp_fusion=False,
@@ -75,11 +76,11 @@ def matmul(
             out if bias is None else bias,
             out.numel(),
             NUM_OUT=weight.num_out,
-            DTYPE=kernels.ELEMENTS[x.dtype],
+            DTYPE=ELEMENTS[x.dtype],
             HAS_BIAS=bias is not None,
             PARTS=parts,
             SIZE=1024,
-            UPCAST=kernels.IS_INTERPRETED,
+            UPCAST=IS_INTERPRETED,
         )
     return out
 
@@ -89,6 +90,7 @@ def dequantise(
 ) -> Tensor:
     """[N, K] in ``dtype``, to the bit nf4.dequantise's; written into ``out`` if given, any N * K numbers of it."""
     from base.ops.kernels import nf4 as kernels
+    from base.ops.kernels.rounding import ELEMENTS, IS_INTERPRETED
 
     shape = (weight.num_out, weight.num_in)
     made = torch.empty(shape, dtype=dtype, device=weight.codes.device) if out is None else out.view(shape)
@@ -98,10 +100,10 @@ def dequantise(
         *_weight_arguments(weight),
         NUM_IN=weight.num_in,
         NUM_OUT=weight.num_out,
-        DTYPE=kernels.ELEMENTS[dtype],
+        DTYPE=ELEMENTS[dtype],
         NESTED=weight.outer is not None,
         BLOCK_N=block_n,
-        UPCAST=kernels.IS_INTERPRETED,
+        UPCAST=IS_INTERPRETED,
         **_assembly(weight, dtype, permutes),
         num_warps=4,
         enable_fp_fusion=False,

@@ -7,25 +7,14 @@ turns a step's queries and keys by their positions and writes keys and values to
 Lengths, block tables and places are read on the device, so that a captured graph follows them.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether these kernels run in Triton's interpreter on a CPU: settled for a process by TRITON_INTERPRET."""
-ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+from base.ops.kernels.rounding import rounded
+
 HEADS = tl.constexpr(16)
 """Rows of a tile: a tensor core's least, and more than any model's query heads of one key-value head."""
 NOTHING = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def rounded(values, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 values rounded to DTYPE; the interpreter cuts them to bfloat16, so there they are rounded by hand."""
-    if UPCAST and DTYPE == tl.bfloat16:
-        bits = values.to(tl.int32, bitcast=True)
-        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return values.to(DTYPE)
 
 
 @triton.jit
