@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +41,26 @@ def requirements() -> list[Requirement]:
 # ---- pins
 
 
-PINNED_BY_TORCH = ("triton",)
-"""torch's CUDA builds demand one version each; another pin would leave a machine with a GPU nothing to install."""
+TORCHS_TRITON = {"2.13.0": "3.7.1"}
+"""The one Triton that PyPI's torch demands, by torch's version (its metadata, on Linux)."""
 
 
-@pytest.mark.parametrize(
-    "requirement",
-    [requirement for requirement in requirements() if requirement.name not in PINNED_BY_TORCH],
-    ids=lambda requirement: requirement.name,
-)
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
 def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
     number = pins()[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(number, prereleases=True)
 
 
-def test_what_torch_pins_has_no_other_pin() -> None:
-    assert not set(PINNED_BY_TORCH) & set(pins())
+def test_tritons_pin_is_the_one_that_torch_demands() -> None:
+    """Another would leave a machine with a GPU nothing to install; none lets the tests run whatever came out last."""
+    assert pins()["triton"] == TORCHS_TRITON[pins()["torch"]]
+    if version("torch").partition("+")[0] == pins()["torch"]:
+        wanted = [one for one in map(Requirement, requires("torch") or []) if one.name == "triton"]
+        assert all(one.specifier.contains(pins()["triton"]) for one in wanted)  # the CPU build demands none
 
 
 def test_everything_that_the_requirements_pull_in_is_pinned() -> None:
     """Walks the installed packages' own requirements from ours down."""
-    from importlib.metadata import requires
-
     todo = [canonicalize_name(requirement.name) for requirement in requirements()]
     seen: set[str] = set()
     while todo:
@@ -79,7 +77,7 @@ def test_everything_that_the_requirements_pull_in_is_pinned() -> None:
             for one in wanted
             if one.marker is None or one.marker.evaluate({"extra": ""})
         ]
-    by_torch = {name for name in seen if name.startswith(("nvidia-", "cuda-")) or name in PINNED_BY_TORCH}
+    by_torch = {name for name in seen if name.startswith(("nvidia-", "cuda-"))}
     assert seen - by_torch - set(pins()) == set()
 
 

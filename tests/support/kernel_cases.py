@@ -161,16 +161,19 @@ def _attention(kind: str) -> Iterator[Case]:
 
     x = f"*{kind}"
     common = {"DIM": 128, "DTYPE": _types(kind), "UPCAST": False}
-    for group, splits in ((8, 16), (7, 1)):
+    for group, kv_heads, splits in ((8, 2, 16), (7, 4, 1)):
         yield Case(
             attention.attend,
             f"{kind} {group} heads of 128, {splits} splits",
             {
                 "q_ptr": x, "keys_ptr": x, "values_ptr": x, "tables_ptr": "*i32", "lengths_ptr": "*i32",
                 "sums_ptr": "*fp32", "tops_ptr": "*fp32", "max_blocks": SCALAR, "num_heads": SCALAR,
-                "stride_q": SCALAR, "stride_slot": SCALAR, "scale": "fp32",
+                "stride_q": SCALAR, "scale": "fp32",
             },
-            {**common, "GROUP": group, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_N": 64},
+            {
+                **common, "GROUP": group, "STRIDE_SLOT": 128 * kv_heads, "BLOCK_SIZE": 16, "SPLITS": splits,
+                "BLOCK_N": 64,
+            },
         )  # fmt: skip
         yield Case(
             attention.join,

@@ -29,11 +29,11 @@ def attend(
     max_blocks,
     num_heads,
     stride_q,
-    stride_slot,  # kv_heads * DIM
     scale,  # of scores, times log2(e)
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DTYPE: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr,  # kv_heads * DIM; a constant, so that the compiler knows how rows are aligned
     BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,15 +65,15 @@ def attend(
         first = begin
         while first < end:
             top, weight, acc = _step(
-                q, keys, values, table, stride_slot, first, end, scale, top, weight, acc,
-                DTYPE, BLOCK_SIZE, BLOCK_N, UPCAST,
+                q, keys, values, table, first, end, scale, top, weight, acc,
+                DTYPE, STRIDE_SLOT, BLOCK_SIZE, BLOCK_N, UPCAST,
             )  # fmt: skip
             first += BLOCK_N
     else:
         for first in range(begin, end, BLOCK_N):
             top, weight, acc = _step(
-                q, keys, values, table, stride_slot, first, end, scale, top, weight, acc,
-                DTYPE, BLOCK_SIZE, BLOCK_N, UPCAST,
+                q, keys, values, table, first, end, scale, top, weight, acc,
+                DTYPE, STRIDE_SLOT, BLOCK_SIZE, BLOCK_N, UPCAST,
             )  # fmt: skip
     tl.store(tops_ptr + place, top, mask=is_head)
     tl.store(tops_ptr + num_places + place, weight, mask=is_head)
@@ -82,14 +82,14 @@ def attend(
 
 @triton.jit
 def _step(
-    q, keys, values, table, stride_slot, first, end, scale, top, weight, acc,
-    DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    q, keys, values, table, first, end, scale, top, weight, acc, DTYPE: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys more: scores in powers of 2, the largest so far, the weights below it, and the weighted values."""
     ns = first + tl.arange(0, BLOCK_N)
     is_key = ns < end
     block = tl.load(table + ns // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-    slots = (block * BLOCK_SIZE + ns % BLOCK_SIZE)[:, None] * stride_slot
+    slots = (block * BLOCK_SIZE + ns % BLOCK_SIZE)[:, None] * STRIDE_SLOT
     k = tl.load(keys[None, :] + slots, mask=is_key[:, None], other=0.0)
     v = tl.load(values[None, :] + slots, mask=is_key[:, None], other=0.0)
     if UPCAST:
@@ -134,7 +134,8 @@ def join(
         part_weight = tl.load(tops_ptr + num_places + place)
         is_used = part_weight > 0
         factor = tl.where(is_used, tl.exp2(tl.load(tops_ptr + place) - top), 0.0)
-        sums = tl.load(sums_ptr + place.to(tl.int64) * DIM + dims, mask=is_used, other=0.0)
+        is_dim = dims < tl.where(is_used, DIM, 0)
+        sums = tl.load(sums_ptr + place.to(tl.int64) * DIM + dims, mask=is_dim, other=0.0)
         total += sums * factor
         weight += part_weight * factor
     result = tl.where(weight > 0, total / weight, 0.0)
@@ -171,13 +172,15 @@ def rotate_store(
         source = k_ptr + row * stride_k + kv_head * DIM
         left, right = _rotate(source, row, half, cos_ptr, sin_ptr, DIM, DTYPE, UPCAST)
         target = keys_ptr + (slot * num_kv_heads + kv_head) * DIM + half
-        tl.store(target, left, mask=slot >= 0)
-        tl.store(target + DIM // 2, right, mask=slot >= 0)
+        is_half = half < tl.where(slot >= 0, DIM // 2, 0)
+        tl.store(target, left, mask=is_half)
+        tl.store(target + DIM // 2, right, mask=is_half)
     else:
         kv_head = head - num_heads - num_kv_heads
         dims = tl.arange(0, DIM)
         value = tl.load(v_ptr + row * stride_v + kv_head * DIM + dims)
-        tl.store(values_ptr + (slot * num_kv_heads + kv_head) * DIM + dims, value, mask=slot >= 0)
+        is_dim = dims < tl.where(slot >= 0, DIM, 0)
+        tl.store(values_ptr + (slot * num_kv_heads + kv_head) * DIM + dims, value, mask=is_dim)
 
 
 @triton.jit

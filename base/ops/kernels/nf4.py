@@ -113,8 +113,9 @@ def matmul(
     acc_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(BLOCKS_PER_PART):
         block = part * BLOCKS_PER_PART + step
+        # bounds and not `is_n & is_block`: 3.9's interpreter makes integers of a scalar truth that meets a vector
         is_block = block * BLOCK < NUM_IN
-        mask_n, mask_m = is_n & is_block, is_m & is_block
+        mask_n, mask_m = ns < tl.where(is_block, NUM_OUT, 0), ms < tl.where(is_block, num_rows, 0)
         x_high = tl.load(x_tile + block * BLOCK, mask=mask_m[:, None], other=0.0)
         x_low = tl.load(x_tile + block * BLOCK + HALF, mask=mask_m[:, None], other=0.0)
         tile = codes_ptr + (block.to(tl.int64) * NUM_OUT + ns[:, None]) * HALF + ks[None, :]
