@@ -152,8 +152,11 @@ class EngineProcess:
     def read_status(self, is_draining: bool) -> EngineStatus:
         status = self._board.read(self.is_alive, is_draining)
         is_restarting = not self.is_alive and not self._is_closing.is_set()
-        num_recoveries = status.num_recoveries + self._num_restarts
-        return replace(status, num_recoveries=num_recoveries, is_restarting=is_restarting)
+        num_restarts = self._num_restarts
+        num_recoveries = status.num_recoveries + num_restarts
+        return replace(
+            status, num_recoveries=num_recoveries, num_restarts=num_restarts, is_restarting=is_restarting
+        )
 
     def close(self) -> None:
         if self._is_closing.is_set():

@@ -44,6 +44,9 @@ class EngineStatus:
     steps: int
     heartbeat_age_s: float
     num_recoveries: int = 0
+    """Faults after which the engine went on: its loop was reset, or its process started anew."""
+    num_restarts: int = 0
+    """Of them, the processes."""
     is_restarting: bool = False
     """It died or hung, and a new one is being started."""
     kernels: Mapping[str, str] = field(default_factory=dict)

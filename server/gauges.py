@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -50,6 +50,7 @@ class StatusCollector(Collector):
         yield _bytes(status, self._store_bytes())
         yield self._info()
         yield _kernels(status)
+        yield _recoveries(status)
         yield _gauge("lorikeet_kv_cache_usage_ratio", "Used part of the KV blocks.", _kv_usage(status))
         yield _gauge("lorikeet_ready", "1 when the server takes requests.", float(self._is_ready()))
         yield from self._vllm(status)
@@ -122,6 +123,15 @@ def _kernels(status: EngineStatus) -> Metric:
     family = GaugeMetricFamily("lorikeet_kernels_info", "Whose kernels compute what.", labels=["kind", "by"])
     for kind, by in status.kernels.items():
         family.add_metric([kind, by], 1)
+    return family
+
+
+def _recoveries(status: EngineStatus) -> Metric:
+    family = CounterMetricFamily(
+        "lorikeet_engine_recoveries", "Faults after which the engine went on.", labels=["how"]
+    )
+    family.add_metric(["reset"], status.num_recoveries - status.num_restarts)
+    family.add_metric(["restart"], status.num_restarts)
     return family
 
 

@@ -172,10 +172,12 @@ def test_a_killed_engine_ends_what_waits_for_it_at_once_and_comes_back(rig: Rig,
         assert not status.is_alive and not status.is_ready and status.is_restarting
         assert not status.running and all(slot.ref is None for slot in status.slots)
 
-    num_before = remote.engine.status().num_recoveries
+    before = remote.engine.status()
     asyncio.run(scenario())
     wait_for(lambda: remote.engine.status().is_ready)
-    assert remote.engine.status().num_recoveries == num_before + 1
+    after = remote.engine.status()
+    assert after.num_restarts == before.num_restarts + 1
+    assert after.num_recoveries == before.num_recoveries + 1
     reference = asyncio.run(rig.alone(ASKS[2:3]))
     assert asyncio.run(remote.answers(ASKS[2:3]))[0].token_ids == reference[0].token_ids
 

@@ -43,7 +43,7 @@ decode_stall_seconds step_seconds batch_rows batch_distinct_adapters image_encod
 prompt_tokens_total generation_tokens_total adapter_loads_total adapter_load_failures_total adapter_evictions_total
 adapter_cache_hits_total adapter_cache_misses_total prefix_cache_hits_tokens_total prefix_cache_misses_tokens_total
 image_cache_hits_total image_cache_misses_total http_requests_total requests_running requests_waiting adapter_slots
-adapter_bytes kv_cache_usage_ratio adapter_info kernels_info ready
+adapter_bytes kv_cache_usage_ratio adapter_info kernels_info engine_recoveries_total ready
 """
 VLLM_NAMES = """
 num_requests_running num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds inter_token_latency_seconds
@@ -194,6 +194,13 @@ def test_gauges_are_the_engines_status_now(metrics: Metrics) -> None:
     assert value(metrics, "lorikeet_adapter_info", adapter="a", version="1", digest=f"{1:064x}") == 1
     assert value(metrics, "vllm:num_requests_waiting", model_name="the-base") == 3
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="16") == 1
+
+
+def test_recoveries_are_counted_by_how_the_engine_came_back() -> None:
+    counted = Metrics("the-base")
+    counted.watch(3, 16, lambda: status(num_recoveries=5, num_restarts=2), lambda: True)
+    assert value(counted, "lorikeet_engine_recoveries_total", how="reset") == 3
+    assert value(counted, "lorikeet_engine_recoveries_total", how="restart") == 2
 
 
 def test_lora_requests_info_is_one_series_whose_value_is_now(metrics: Metrics) -> None:
