@@ -86,17 +86,22 @@ def write_facts(columns: NDArray[np.int64], chunk: Chunk, block_size: int) -> No
     """Into [5, n]: each token's id, its place in the KV cache, and its three positions."""
     sequence = chunk.sequence
     if chunk.is_decode:
-        block, offset = divmod(chunk.start, block_size)
-        place = sequence.blocks[block] * block_size + offset
-        position = chunk.start + sequence.request.prompt.rope_delta
         token_id = sequence.output_ids[chunk.start - sequence.num_prompt_tokens]
-        columns[:, 0] = (token_id, place, position, position, position)
+        write_decode(columns, chunk, block_size, token_id)
         return
     indices = np.arange(chunk.start, chunk.end)
     columns[IDS] = sequence.token_ids(chunk.start, chunk.end)
     blocks = np.asarray(sequence.blocks, dtype=np.int64)
     columns[SLOTS] = blocks[indices // block_size] * block_size + indices % block_size
     columns[POSITIONS] = _positions(chunk, indices)
+
+
+def write_decode(columns: NDArray[np.int64], chunk: Chunk, block_size: int, token_id: int) -> None:
+    """As ``write_facts``, of one generated token, into [5, 1]."""
+    block, offset = divmod(chunk.start, block_size)
+    place = chunk.sequence.blocks[block] * block_size + offset
+    position = chunk.start + chunk.sequence.request.prompt.rope_delta
+    columns[:, 0] = (token_id, place, position, position, position)
 
 
 def _positions(chunk: Chunk, indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -60,6 +60,8 @@ class EngineConfig:
     vision_cache_bytes: int = 256 << 20
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Whether decodes are recorded and replayed; auto: where the device and its attention can."""
+    step_ahead: Literal["auto", "off"] = "auto"
+    """Whether a decode may be started before the tokens of the one before it were read; auto: where it is recorded."""
     load_on_demand: bool = True
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0

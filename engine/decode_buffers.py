@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adapters.ops.upload import Upload
 from base.attention import PlanTensors
-from engine.batch import IDS, NUM_FACTS, POSITIONS, SLOTS, write_facts
+from engine.batch import IDS, NUM_FACTS, POSITIONS, SLOTS, write_decode, write_facts
 from engine.step import Chunk
 
 
@@ -30,6 +30,7 @@ class DecodeRows:
     positions: Tensor  # [3, N] int64
     tensors: PlanTensors
     logits: Tensor  # [N, V] float32: what the step leaves
+    chosen: Tensor  # [N] int64: the token that each row chose, or NO_TOKEN
 
 
 class DecodeBuffers:
@@ -62,6 +63,7 @@ class DecodeBuffers:
         """What the device's table says in each row, as far as anybody wrote."""
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self._logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)
+        self._chosen = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def rows(self, num_rows: int) -> DecodeRows:
         """The part that a bucket of ``num_rows`` reads."""
@@ -76,13 +78,21 @@ class DecodeBuffers:
             self._device_facts[POSITIONS, :num_rows],
             tensors,
             self._logits[:num_rows],
+            self._chosen[:num_rows],
         )
 
-    def fill(self, chunks: Seq[Chunk], num_rows: int) -> None:
-        """One token of each of ``chunks``, and unused rows up to ``num_rows``."""
+    def fill(self, chunks: Seq[Chunk], num_rows: int, sources: Seq[int] | None = None) -> None:
+        """One token of each of ``chunks``, and unused rows up to ``num_rows``.
+
+        sources: for tokens that the host does not know yet, the row of the step before that chooses each.
+        """
         tables: list[Seq[int]] = []
         for row, chunk in enumerate(chunks):
-            write_facts(self._facts[:, row : row + 1], chunk, self._block_size)
+            columns = self._facts[:, row : row + 1]
+            if sources is None:
+                write_facts(columns, chunk, self._block_size)
+            else:
+                write_decode(columns, chunk, self._block_size, sources[row])
             tables.append(chunk.sequence.blocks[: -(-chunk.end // self._block_size)])
             self._lengths[row] = chunk.end
         unused = slice(len(chunks), num_rows)
@@ -90,24 +100,33 @@ class DecodeBuffers:
         self._facts[SLOTS, unused] = self._scratch[0] * self._block_size
         self._lengths[unused] = 1
         self._upload.send(self._host)
+        if sources is not None:
+            self._feed(len(chunks))
         self._fill_tables([*tables, *[self._scratch] * (num_rows - len(chunks))])
+
+    def _feed(self, num_rows: int) -> None:
+        """Put what the step before chose in the place of the rows that chose it. One that has no token ends there."""
+        ids = self._device_facts[IDS, :num_rows]
+        ids.copy_(self._chosen.index_select(0, ids).clamp_(min=0))
 
     def _fill_tables(self, tables: Seq[Seq[int]]) -> None:
         """Send the blocks that the device does not know yet."""
         places: list[int] = []
         blocks: list[int] = []
+        changed: dict[int, list[int]] = {}
         for row, table in enumerate(tables):
-            written = self._written[row]
-            known = _num_equal(written, table)
+            known = _num_equal(self._written[row], table)
             if known == len(table):
                 continue
             first = row * self.max_blocks
             places += range(first + known, first + len(table))
             blocks += table[known:]
-            self._written[row] = list(table)
+            changed[row] = list(table)
         if places:
             sent = torch.from_numpy(np.array([places, blocks])).to(self._tables.device, non_blocking=True)
             self._tables.view(-1).index_copy_(0, sent[0], sent[1].to(torch.int32))
+        for row, table in changed.items():  # only now: what could not be sent is sent again
+            self._written[row] = table
 
 
 def _num_equal(written: Seq[int], table: Seq[int]) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 
 from adapters.errors import AdapterError, AdapterNotLoaded
 from adapters.ref import AdapterRef
+from engine.ahead import Surroundings, rows_ahead
 from engine.clock import StepClock
 from engine.config import EngineConfig
 from engine.errors import AdapterUnavailable, DeadlineExceeded, Draining, EngineDown, EngineError, StepFailed
@@ -78,12 +79,12 @@ class Engine:
         clock.lap("adapters")
         plan = self._plan()
         clock.lap("plan")
-        outcomes = self._executor.execute(plan, clock)
+        outcomes = self._executor.execute(plan, clock, self._plan_ahead(plan))
         self._commit(outcomes)
         clock.lap("commit")
         self._send()
         clock.lap("send")
-        self._account(plan, clock)
+        self._account(outcomes, clock)
 
     def _receive(self) -> None:
         """Take all that is in the inbox, in order."""
@@ -151,6 +152,17 @@ class Engine:
                 self._lifecycle.start(chunk.sequence, now)
         return plan
 
+    def _plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after this one, where it is certain before this one's tokens are known."""
+        if self._config.step_ahead == "off" or not self._executor.can_launch(plan):
+            return None
+        around = Surroundings(
+            has_messages=not self.inbox.empty(),
+            has_prompts=self._scheduler.has_prompts,
+            has_moves=self._swaps.has_work or self._swaps.has_pending,
+        )
+        return self._scheduler.plan_ahead(rows_ahead(plan, around, self._lifecycle.max_model_len))
+
     def _note_images(self, plan: StepPlan) -> None:
         """Each image once, with the chunk that meets it: a miss for the one for which it is encoded."""
         fresh = {job.key for job in plan.image_jobs}
@@ -161,6 +173,7 @@ class Engine:
                     fresh.discard(key)
 
     def _commit(self, outcomes: Seq[Outcome]) -> None:
+        self._scheduler.land()
         now = time.monotonic()
         for outcome in outcomes:
             sequence = outcome.chunk.sequence
@@ -186,13 +199,15 @@ class Engine:
         if messages:
             self._deliver(messages)
 
-    def _account(self, plan: StepPlan, clock: StepClock) -> None:
-        if not plan.chunks:
+    def _account(self, outcomes: Seq[Outcome], clock: StepClock) -> None:
+        if not outcomes:
             return
         self.num_steps += 1
-        decodes = sum(chunk.is_decode for chunk in plan.chunks)
-        refs = {c.sequence.adapter for c in plan.chunks if not c.sequence.adapter.is_base}
-        self._observer.record(StepDone(clock.seconds, decodes, plan.num_tokens - decodes, len(refs)))
+        chunks = [outcome.chunk for outcome in outcomes]
+        decodes = sum(chunk.is_decode for chunk in chunks)
+        num_prefilled = sum(chunk.num_tokens for chunk in chunks) - decodes
+        refs = {c.sequence.adapter for c in chunks if not c.sequence.adapter.is_base}
+        self._observer.record(StepDone(clock.seconds, decodes, num_prefilled, len(refs)))
 
     # ---- ends --------------------------------------------------------------------------------------------------
 
@@ -214,6 +229,11 @@ class Engine:
         self._swaps.fail_pending(error)
         self._send()
 
+    def _land_nothing(self) -> None:
+        """Nobody will read the step that is ahead."""
+        self._executor.abandon()
+        self._scheduler.forget_ahead()
+
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -227,14 +247,21 @@ class Engine:
                 logger.exception("engine.recovered")
                 self.num_recoveries += 1
                 self._scheduler.distrust_all()
+                self._land_nothing()
                 self._fail_all(EngineDown("the engine met an internal error and was reset; try again"))
                 time.sleep(min(MAX_BACKOFF_S, 0.05 * 2 ** min(self.num_recoveries, 10)))
+        self._land_nothing()
         self._receive()
         self._fail_all(Draining("the server is stopping"))
 
     def _sleep_if_idle(self) -> None:
         self._board.beat()
-        if self._scheduler.running or self._swaps.has_work or not self.inbox.empty():
+        if (
+            self._scheduler.running
+            or self._scheduler.is_ahead
+            or self._swaps.has_work
+            or not self.inbox.empty()
+        ):
             return
         is_pending = self._swaps.has_pending or bool(self._scheduler.waiting)
         try:

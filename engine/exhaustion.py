@@ -32,6 +32,11 @@ class Ceiling:
         self._highest = 0
         self._num_quiet = 0
 
+    @property
+    def is_lifted(self) -> bool:
+        """Whether steps may be as large as they like."""
+        return self.num_tokens is None
+
     def lower(self, num_tokens: int) -> None:
         """A step of so many tokens found no room."""
         if self.num_tokens is None or num_tokens > self._highest:

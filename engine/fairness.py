@@ -38,6 +38,13 @@ def in_turn(waiting: Collection[Sequence], running: Collection[Sequence]) -> Ite
     return _dealt([*prefilling, *wanted], counts)
 
 
+def has_prompts(waiting: Collection[Sequence], running: Collection[Sequence]) -> bool:
+    """Whether ``in_turn`` would name anybody."""
+    if foreground(waiting) or any(not sequence.is_decoding for sequence in running):
+        return True
+    return bool(waiting) and not foreground(running)
+
+
 def who_yields(newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:
     """Whose place the newcomer may have when all are taken: the youngest of the adapter with the most, if that leaves
     it no fewer than the newcomer's then has.

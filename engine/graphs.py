@@ -6,7 +6,11 @@ place: DecodeBuffers here, tile and slot tables in adapters.triton_lora. A bucke
 operation that may not be) is left to the eager way, with a line in the log; the eager way is also what replays are held
 to (tests/engine/test_graphs.py).
 
-Owns: which step fits which recording. Does not know: sampling, which stays outside. Place in a request's way: step 8.
+A recording ends with each row's likeliest token, so that greedy rows need no more; who is sampled otherwise is sampled
+from the logits. A step may be started while another one is on the device, with that one's tokens as its inputs: all of
+a step, its uploads too, is ordered in one stream.
+
+Owns: which step fits which recording. Does not know: how else tokens are chosen. Place in a request's way: step 8.
 """
 
 from __future__ import annotations
@@ -18,14 +22,16 @@ from collections.abc import Sequence as Seq
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from adapters.routing import Routing
 from adapters.triton_lora import TritonLora
-from base.attention import DecodeAttention
+from base.attention import DecodeAttention, LayerAttention
 from base.model import BaseModel
-from engine.decode_buffers import DecodeBuffers
+from engine.decode_buffers import DecodeBuffers, DecodeRows
+from engine.flight import Choose, Flight, Replayed
 from engine.kv import KVCache
+from engine.ranking import write_best
+from engine.readback import Readback
 from engine.recorder import Recorder
 from engine.sequence import BASE_SLOT
 from engine.step import Chunk, StepPlan
@@ -66,6 +72,9 @@ class DecodeGraphs:
         self._buckets = tuple(rows for rows in BUCKETS if rows <= buffers.num_rows)
         self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
         """By rows, and whether adapters are in it."""
+        self._readback = Readback(buffers.num_rows, base.device)
+        self._latest: Flight | None = None
+        """Whose tokens the buffers hold."""
 
     @property
     def recorded(self) -> tuple[tuple[int, bool], ...]:
@@ -85,27 +94,44 @@ class DecodeGraphs:
         took_s = time.monotonic() - begin_s
         logger.info("graphs.ready num=%d wanted=%d took_s=%.1f", len(self._replays), wanted, took_s)
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Tensor | None:
-        """[S, V] float32 logits of the plan's sequences, valid until the next run; None where nothing is recorded that
-        fits.
+    def fits(self, plan: StepPlan) -> bool:
+        return _kind(plan, self._bucket(len(plan.chunks))) in self._replays and self._suits(plan)
 
-        Raises ValueError if a row is routed to an empty slot.
-        """
-        chunks = plan.chunks
-        slots = [chunk.sequence.slot for chunk in chunks]
-        has_adapters = any(slot != BASE_SLOT for slot in slots)
-        num_rows = self._bucket(len(chunks))
-        replay = self._replays.get((num_rows, has_adapters))
-        if replay is None or not self._suits(plan):
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Replayed | None:
+        self._latest = None
+        rows = self._replay(plan, None)
+        if rows is None:
             return None
-        self._buffers.fill(chunks, num_rows)
-        if has_adapters:
+        logits = rows.logits[: len(plan.chunks)]
+        is_kept = any(chunk.sequence.request.on_logits is not None for chunk in plan.chunks)
+        return Replayed(logits.clone() if is_kept else logits, rows.chosen[: len(plan.chunks)])
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, after: Flight | None, choose: Choose | None) -> Flight | None:
+        if after is not None and after is not self._latest:
+            raise ValueError("a step can follow only the one that was launched last")
+        rows = self._replay(plan, None if after is None else _sources(plan, after))
+        if rows is None:
+            return None
+        chosen = rows.chosen[: len(plan.chunks)]
+        if choose is not None:
+            chosen.copy_(choose(rows.logits[: len(plan.chunks)]))
+        self._latest = Flight(plan.chunks, after is not None, self._readback.send(chosen))
+        return self._latest
+
+    def _replay(self, plan: StepPlan, sources: Seq[int] | None) -> DecodeRows | None:
+        """Start the plan, its inputs known or the tokens of the last replay's rows ``sources``."""
+        if not self.fits(plan):
+            return None
+        num_rows = self._bucket(len(plan.chunks))
+        kind = _kind(plan, num_rows)
+        self._buffers.fill(plan.chunks, num_rows, sources)
+        if kind[1]:
+            slots = [chunk.sequence.slot for chunk in plan.chunks]
             self._route([*slots, *[BASE_SLOT] * (num_rows - len(slots))])
-        replay()
-        logits = self._buffers.rows(num_rows).logits[: len(chunks)]
-        is_kept = any(chunk.sequence.request.on_logits is not None for chunk in chunks)
-        return logits.clone() if is_kept else logits
+        self._replays[kind]()
+        return self._buffers.rows(num_rows)
 
     def _bucket(self, num_rows: int) -> int:
         """The smallest that holds them; 0 where none does."""
@@ -131,9 +157,7 @@ class DecodeGraphs:
         else:
             self._routing.clear()
         try:
-            replay = recorder.record(
-                lambda: self._base.decode_into(rows.logits, rows.ids, rows.positions, attend)
-            )
+            replay = recorder.record(lambda: self._decode(rows, attend))
         except Exception as error:  # noqa: BLE001  (whatever a recording meets, the eager way is still there)
             name = type(error).__name__
             logger.warning(
@@ -141,6 +165,22 @@ class DecodeGraphs:
             )
             return
         self._replays[num_rows, has_adapters] = replay
+
+    def _decode(self, rows: DecodeRows, attend: LayerAttention) -> None:
+        """What is recorded."""
+        self._base.decode_into(rows.logits, rows.ids, rows.positions, attend)
+        write_best(rows.chosen, rows.logits)
+
+
+def _kind(plan: StepPlan, num_rows: int) -> tuple[int, bool]:
+    """Of the recording that the plan needs: rows, and whether adapters are in it."""
+    return num_rows, any(chunk.sequence.slot != BASE_SLOT for chunk in plan.chunks)
+
+
+def _sources(plan: StepPlan, after: Flight) -> list[int]:
+    """The row of ``after`` in which each of the plan's sequences is."""
+    rows = {chunk.sequence: row for row, chunk in enumerate(after.chunks)}
+    return [rows[chunk.sequence] for chunk in plan.chunks]
 
 
 def _is_one_token(chunk: Chunk) -> bool:

@@ -44,7 +44,7 @@ class Lifecycle:
         self._grammars = grammars
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self.outbox: list[Outbound] = []
 
     def take_outbox(self) -> list[Outbound]:
@@ -143,7 +143,7 @@ class Lifecycle:
         params = sequence.request.sampling
         if self._stop_token(sequence) is not None or sequence.sampler.is_complete:
             return "stop"
-        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
+        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
             return "length"
         return None
 

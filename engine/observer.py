@@ -36,6 +36,14 @@ class Passed:
 
 
 @dataclass(frozen=True, slots=True)
+class SteppedAhead:
+    """A step was on the device before the tokens of the one before it were read."""
+
+    num_dropped: int
+    """Rows for nothing: their sequences turned out to have ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceStarted:
     """First scheduling: it left the queue."""
 
@@ -147,6 +155,7 @@ class StepRetried:
 Event = (
     StepDone
     | Passed
+    | SteppedAhead
     | SequenceStarted
     | FirstToken
     | NextToken

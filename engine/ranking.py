@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
+NO_TOKEN: Final = -1
+"""In the place of a token where a row's logits are not finite."""
 _LOW_WORD = 0xFFFFFFFF
 
 
@@ -19,6 +23,14 @@ def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         return best, ids
     found = torch.from_numpy(rows.numpy().argmax(-1))
     return rows.gather(-1, found.unsqueeze(-1)).squeeze(-1), found
+
+
+def write_best(chosen: Tensor, rows: Tensor) -> None:
+    """As ``best_of``, by operations that a CUDA graph may hold: [S, V] float32 -> chosen [S] int64, overwritten;
+    NO_TOKEN where the largest is not finite.
+    """
+    best, ids = rows.max(-1)
+    chosen.copy_(ids.masked_fill(~torch.isfinite(best), NO_TOKEN))
 
 
 def ranked_ids(logits: Tensor, num: int) -> Tensor:

@@ -16,7 +16,7 @@ from adapters.routing import RoutingSet
 from base.model import BaseModel
 from engine.batch import Batch, build_batch
 from engine.clock import Phase, StepClock
-from engine.graphs import DecodeGraphs
+from engine.flight import Choose, Flight, Launcher
 from engine.kv import KVCache
 from engine.observer import Way
 from engine.step import ImageJob, StepPlan
@@ -36,6 +36,8 @@ class StepLogits:
     seconds: Mapping[Phase, float]
     """Of encode, batch and forward."""
     way: Way = "eager"
+    chosen: Tensor | None = None  # [L] int64
+    """Each row's likeliest token, or NO_TOKEN, where the device has chosen them already."""
 
     def last_rows(self, places: Seq[int]) -> Tensor:
         """[S, V]: the last row of each of these chunks, which want one; the logits themselves where they are all."""
@@ -64,9 +66,9 @@ class Runner:
         self._cache = cache
         self._vision_cache = vision_cache
         self._tiling = tiling
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: Launcher | None = None
 
-    def replay_with(self, graphs: DecodeGraphs) -> None:
+    def replay_with(self, graphs: Launcher) -> None:
         """From here on, steps that are recorded there are replayed."""
         self._graphs = graphs
 
@@ -74,9 +76,10 @@ class Runner:
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute the plan. If it raises, nothing but KV rows that the plan itself would rewrite has changed."""
         clock = StepClock()
-        if self._graphs is not None and (logits := self._graphs.run(plan)) is not None:
+        if self._graphs is not None and (replayed := self._graphs.run(plan)) is not None:
             clock.lap("forward")
-            return StepLogits(logits, (1,) * len(plan.chunks), 0, 0, clock.seconds, "graph")
+            counts = (1,) * len(plan.chunks)
+            return StepLogits(replayed.logits, counts, 0, 0, clock.seconds, "graph", replayed.chosen)
         encoded = self._encode(plan.image_jobs)
         clock.lap("encode")
         batch = build_batch(plan, self._cache, self._base.device, self._tiling)
@@ -92,6 +95,13 @@ class Runner:
             num_patches=sum(job.image.pixels.shape[0] for job in encoded),
             seconds=clock.seconds,
         )
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        return self._graphs is not None and self._graphs.fits(plan)
+
+    def launch(self, plan: StepPlan, after: Flight | None, choose: Choose | None) -> Flight | None:
+        """Start the plan, and do not wait for it: see ``Launcher.launch``. None where it cannot be."""
+        return None if self._graphs is None else self._graphs.launch(plan, after, choose)
 
     @torch.inference_mode()
     def encode_each(self, jobs: Iterable[ImageJob]) -> None:

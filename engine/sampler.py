@@ -18,14 +18,12 @@ from engine.logprobs import score_prompt, score_tokens
 from engine.messages import TokenLogprob
 from engine.penalties import TokenCounts, apply_penalties, has_penalties
 from engine.randomness import RandomStream
-from engine.ranking import best_of
+from engine.ranking import NO_TOKEN, best_of
 from engine.sampling import SamplingParams
-from engine.selection import draw, draw_truncated, is_truncated
+from engine.selection import asks_device, draw, draw_truncated, is_truncated
 from engine.upload import upload
 
 __all__ = ["NumericalFailure", "SampledRow", "SampledToken", "Sampler", "SamplerState", "score_prompt"]
-
-_FAILED = -1  # never leaves this module
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,7 @@ class SamplerState:
         self._enders = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
         self._grammar = grammar
         self._is_shaped = bool(self._bias) or self._counts is not None or grammar is not None
+        self._is_watched = params.logprobs is not None or asks_device(params, vocab_size)
         _require_in_vocabulary([*self._bias, *params.stop_token_ids], vocab_size)
 
     def accept(self, token_id: int) -> None:
@@ -83,9 +82,14 @@ class SamplerState:
         """Must this step's logits be changed before a token is chosen?"""
         return self._is_shaped or self._may_not_end
 
-    def uniform(self) -> float:
-        """The random number of the next token."""
-        return self._random.uniform(self.num_generated)
+    @property
+    def needs_host(self) -> bool:
+        """Must the host see this token, or its logits, before it can choose the next one? Once False, for good."""
+        return self.is_shaped or self._is_watched
+
+    def uniform(self, num_ahead: int = 0) -> float:
+        """The random number of the next token, or of one so many behind it."""
+        return self._random.uniform(self.num_generated + num_ahead)
 
     def shape(self, row: Tensor) -> None:
         """Mutates ``row``, [V] float32: logit_bias, penalties, min_tokens, grammar. Raises GrammarError."""
@@ -128,11 +132,16 @@ class Sampler:
         raw = logits if isinstance(logits, Tensor) else torch.stack(list(logits))  # [S, V]
         if raw.shape != (len(states), self._vocab_size):
             raise ValueError(f"logits are {tuple(raw.shape)}; expected {(len(states), self._vocab_size)}")
-        chosen = self._choose(raw, states).tolist()  # the step's one copy to the host
+        uniforms = [state.uniform() for state in states]
+        chosen = self.choose(raw, states, uniforms).tolist()  # the step's one copy to the host
         return self._report(chosen, raw, states)
 
-    def _choose(self, raw: Tensor, states: Sequence[SamplerState]) -> Tensor:
-        """[S] int64 token ids, _FAILED where the row is not sound."""
+    @torch.inference_mode()
+    def choose(self, raw: Tensor, states: Sequence[SamplerState], uniforms: Sequence[float]) -> Tensor:
+        """[S, V] float32 and each row's random number -> [S] int64 token ids, NO_TOKEN where the row is not sound.
+
+        Waits for the device only where a state needs the host.
+        """
         rows = self._shaped(raw, states)
         best, ids = best_of(rows)
         is_sound = torch.isfinite(best)
@@ -144,9 +153,9 @@ class Sampler:
             if group:
                 params = [states[i].params for i in group]
                 index = upload(group, torch.int64, rows.device)
-                chosen = choose(rows[index], params, [states[i].uniform() for i in group])
+                chosen = choose(rows[index], params, [uniforms[i] for i in group])
                 ids.index_copy_(0, index, chosen)
-        return ids.masked_fill_(~is_sound, _FAILED)
+        return ids.masked_fill_(~is_sound, NO_TOKEN)
 
     @staticmethod
     def _shaped(raw: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -161,16 +170,18 @@ class Sampler:
 
     @staticmethod
     def _report(chosen: list[int], raw: Tensor, states: Sequence[SamplerState]) -> list[SampledRow]:
-        asked = [i for i, s in enumerate(states) if s.params.logprobs is not None and chosen[i] != _FAILED]
+        asked = [i for i, s in enumerate(states) if s.params.logprobs is not None and chosen[i] != NO_TOKEN]
         logprobs: dict[int, TokenLogprob] = {}
         if asked:
             nums_top = [states[i].params.logprobs or 0 for i in asked]
             scores = score_tokens([raw[i] for i in asked], [chosen[i] for i in asked], nums_top)
             logprobs = dict(zip(asked, scores, strict=True))
-        return [
-            NumericalFailure() if token_id == _FAILED else SampledToken(token_id, logprobs.get(i))
-            for i, token_id in enumerate(chosen)
-        ]
+        return [sampled(token_id, logprobs.get(i)) for i, token_id in enumerate(chosen)]
+
+
+def sampled(token_id: int, logprob: TokenLogprob | None = None) -> SampledRow:
+    """What a device's choice means: an id, or NO_TOKEN."""
+    return NumericalFailure() if token_id == NO_TOKEN else SampledToken(token_id, logprob)
 
 
 def _require_in_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:

@@ -4,13 +4,16 @@ slot; it returns a frozen StepPlan and touches no tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from engine.admission import Admission, Admitted, Refused
 from engine.blocks import BlockPool
 from engine.budget import StepBudget
 from engine.config import EngineConfig
-from engine.fairness import foreground, in_turn, who_yields
+from engine.fairness import foreground, has_prompts, in_turn, who_yields
+from engine.holdings import Holdings
 from engine.prefix import Prefixes
 from engine.sequence import BASE_SLOT, Sequence, Status, WaitReason
 from engine.step import Chunk, ImageJob, StepPlan
@@ -31,9 +34,10 @@ class Scheduler:
         self._tiling = tiling
         self._pool = pool
         self._prefixes = Prefixes(pool, tiling, is_on=config.prefix_cache)
-        self._residency = residency
         self._vision_cache = vision_cache
         self._admission = Admission(pool, self._prefixes, residency, config.starvation_s)
+        self._holdings = Holdings(pool, residency, vision_cache)
+        self._ahead: StepPlan | None = None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.draining: set[AdapterRef] = set()
@@ -42,6 +46,16 @@ class Scheduler:
     @property
     def num_blocks_used(self) -> int:
         return self._pool.num_used
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next plan is made already."""
+        return self._ahead is not None
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether somebody has a prompt to compute."""
+        return has_prompts(self.waiting, self.running)
 
     @property
     def num_waiting_for_adapter(self) -> int:
@@ -53,19 +67,17 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Free all that the sequence holds; safe for waiting and running ones."""
+        """Free all that the sequence holds, once no step has a row of it; safe for waiting and running ones."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-            self._vacate(sequence)
+            self._holdings.give_back_ended(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.ENDED
 
     def end_prefill(self, sequence: Sequence) -> None:
         """Its prompt is cached: its image embeddings are no longer needed."""
-        for key in sequence.pinned_images:
-            self._vision_cache.unpin(key)
-        sequence.pinned_images.clear()
+        self._holdings.unpin_images(sequence)
 
     def keep(self, sequence: Sequence) -> None:
         """A row of it had finite logits: what it has computed may serve others."""
@@ -99,7 +111,12 @@ class Scheduler:
     # ---- the plan ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:
-        """Decodes first, then pieces of prompts, each adapter in its turn, inside one budget."""
+        """Decodes first, then pieces of prompts, each adapter in its turn, inside one budget. A step that was planned
+        ahead is what is left of it.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead.only([chunk for chunk in ahead.chunks if chunk.sequence.status is Status.RUNNING])
         self._pause_background()
         blocked = self._blocked(now)
         self._yield_a_place(blocked)
@@ -109,6 +126,25 @@ class Scheduler:
             budget.num_tokens = min(budget.num_tokens, self._config.prefill_beside_decodes)
         chunks += self._prompt_chunks(budget, blocked, now)
         return StepPlan(tuple(chunks), tuple(budget.image_jobs))
+
+    def plan_ahead(self, chunks: Seq[Chunk]) -> StepPlan | None:
+        """Make these the next plan, before the tokens of this one are known; None where nobody is left, or blocks would
+        have to be taken from others.
+        """
+        if not chunks or not all(self._holdings.grow(chunk.sequence, chunk.end) for chunk in chunks):
+            return None
+        self._ahead = StepPlan(tuple(chunks), ())
+        self._holdings.expect(self._ahead)
+        return self._ahead
+
+    def land(self) -> None:
+        """The step is over: what those held who ended while it ran is free, but for rows of the one planned ahead."""
+        self._holdings.land(self._ahead)
+
+    def forget_ahead(self) -> None:
+        """Nothing is on the device any more, and what was planned ahead will not be."""
+        self._ahead = None
+        self.land()
 
     def _blocked(self, now: float) -> frozenset[AdapterRef]:
         """Adapters that get no new sequences: being unloaded, or to give their slot to a starved one."""
@@ -200,53 +236,27 @@ class Scheduler:
     # ---- places ------------------------------------------------------------------------------------------------
 
     def _start(self, sequence: Sequence, slot: int, found: tuple[int, ...], now: float) -> None:
-        self._take_blocks(sequence, found)
-        if not sequence.adapter.is_base:
-            self._residency.hold(sequence.adapter)
-        for image in sequence.images_between(sequence.num_computed, sequence.num_tokens):
-            key = sequence.image_key(image)
-            self._vision_cache.pin(key)
-            sequence.pinned_images.append(key)
+        self._holdings.take(sequence, slot, found)
         if sequence.slot_wait_since_s is not None:
             sequence.swap_s += now - sequence.slot_wait_since_s
             sequence.slot_wait_since_s = None
-        sequence.slot = slot
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
-    def _take_blocks(self, sequence: Sequence, found: tuple[int, ...]) -> None:
-        """Those found, and new ones for the rest of its tokens and the next."""
-        sequence.blocks = self._pool.share(found)
-        sequence.num_kept_blocks = len(found)
-        sequence.num_computed = len(found) * self._pool.block_size
-        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
-        if sequence.started_s is None:
-            sequence.num_cached_tokens = sequence.num_computed
-
-    def _vacate(self, sequence: Sequence) -> None:
-        self._pool.free(sequence.blocks)
-        self.end_prefill(sequence)
-        if not sequence.adapter.is_base:
-            self._residency.release(sequence.adapter)
-        sequence.slot = BASE_SLOT
-        sequence.num_computed = 0
-        sequence.num_kept_blocks = 0
-
     def _make_room(self, sequence: Sequence) -> bool:
         """Blocks for its next token, at the cost of the youngest running sequences; False when it was itself."""
-        while not self._pool.can_grow(sequence.blocks, sequence.num_tokens + 1):
+        while not self._holdings.grow(sequence, sequence.num_tokens + 1):
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        self._pool.grow(sequence.blocks, sequence.num_tokens + 1)
         return True
 
     def _preempt(self, sequence: Sequence, reason: WaitReason = WaitReason.BLOCKS) -> None:
         """Back to the head of the queue; its tokens are kept, and computed again later as far as they must be."""
         self.running.remove(sequence)
-        self._vacate(sequence)
+        self._holdings.give_back(sequence)
         sequence.status = Status.WAITING
         sequence.wait_reason = reason
         sequence.num_preemptions += 1

@@ -28,6 +28,11 @@ def is_truncated(params: SamplingParams, vocab_size: int) -> bool:
     return 0 < params.top_k < vocab_size or params.top_p < 1.0
 
 
+def asks_device(params: SamplingParams, vocab_size: int) -> bool:
+    """May drawing have to look at what the device found, and so to wait for it? Only top_p over a flat distribution."""
+    return not params.is_greedy and params.top_p < 1.0 and not 0 < params.top_k < vocab_size
+
+
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """[S, V] float32, one uniform in [0, 1) a row -> [S] int64 token ids. No truncation but min_p."""
     weights = token_weights(logits, params)

@@ -29,7 +29,17 @@ class Chunk:
     @property
     def yields_token(self) -> bool:
         """Its last row's logits choose the sequence's next token."""
-        return self.end == self.sequence.num_tokens and self.sequence.request.sampling.max_tokens > 0
+        return self.end >= self.sequence.num_tokens and self.sequence.request.sampling.max_tokens > 0
+
+    @property
+    def num_unknown(self) -> int:
+        """Its sequence's tokens that the host does not know yet: 1 where the step before it was not read."""
+        return max(0, self.end - self.sequence.num_tokens)
+
+    @property
+    def needs_host(self) -> bool:
+        """Must the host see its token or its logits before the step after it can be started?"""
+        return self.sequence.sampler.needs_host or self.sequence.request.on_logits is not None
 
     @property
     def wants_prompt_logits(self) -> bool:

@@ -79,6 +79,12 @@ class Instruments:
             "step_retries_total", "Steps that threw and were run again in parts."
         )
         self.passes = self._counter("forward_passes_total", "Passes through the language model.", "way")
+        self.steps_ahead = self._counter(
+            "steps_ahead_total", "Steps begun before the tokens before them were read."
+        )
+        self.rows_dropped = self._counter(
+            "rows_dropped_total", "Rows of such steps whose sequences had ended."
+        )
         for way in ("graph", "eager"):
             self.passes.labels(way)
         self.adapter_load = self._histogram(

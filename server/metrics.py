@@ -27,6 +27,7 @@ from engine.observer import (
     SequenceEnded,
     SequenceStarted,
     StepDone,
+    SteppedAhead,
     StepRetried,
 )
 from engine.status import EngineStatus
@@ -103,6 +104,9 @@ class Metrics:
                 self._step(event)
             case Passed():
                 self._instruments.passes.labels(event.way).inc()
+            case SteppedAhead():
+                self._instruments.steps_ahead.inc()
+                self._instruments.rows_dropped.inc(event.num_dropped)
             case FirstToken():
                 self._first_token(event)
             case SequenceStarted():

@@ -124,6 +124,9 @@ class Settings(BaseSettings):
     cuda_graphs: Literal["auto", "on", "off"] = _set(
         "auto", "on, off or auto", "Decodes on a GPU are recorded at start and replayed with one launch; on refuses to "
         "start where that cannot be.")
+    step_ahead: Literal["auto", "off"] = _set(
+        "auto", "off or auto", "A recorded decode is started before the tokens of the one before it were read, so that "
+        "the GPU never waits for the host; off takes one after the other.")
     kv_memory: ByteSize | None = _set(None, "bytes", "Keys and values of all sequences; none is what device_memory "
                                       "leaves, and 256 MiB without it.")
     vision_cache_memory: ByteSize = _set(256 * MIB, "bytes", "Image embeddings kept for the next question.")
@@ -276,6 +279,7 @@ class Settings(BaseSettings):
             host_adapter_bytes=int(self.host_adapter_memory),
             vision_cache_bytes=int(self.vision_cache_memory),
             cuda_graphs=self.cuda_graphs,
+            step_ahead=self.step_ahead,
             load_on_demand=self.load_on_demand,
         )
 

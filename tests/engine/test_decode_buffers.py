@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.decode_buffers import DecodeBuffers
+from engine.ranking import NO_TOKEN
 from engine.step import Chunk
 from tests.support.requests import make_sequence
 
@@ -48,6 +50,41 @@ def test_after_any_steps_the_device_says_what_the_last_one_is(made: list[list[tu
             assert rows.tensors.block_table[row, 0] == SCRATCH
             assert rows.tensors.context_lens[row] == 1
             assert rows.tensors.slot_mapping[row] == SCRATCH * BLOCK
+
+
+def test_what_the_step_before_chose_is_put_where_its_sequences_are_now() -> None:
+    buffers = DecodeBuffers(ROWS, MAX_BLOCKS, BLOCK, SCRATCH, 8, torch.device("cpu"))
+    rows = buffers.rows(ROWS)
+    rows.chosen.copy_(torch.tensor([11, NO_TOKEN, 13, 14]))
+    chunks = [chunk_of([3, 4], 6, 5), chunk_of([8], 2, 5), chunk_of([9], 3, 5)]
+    for chunk in chunks:
+        chunk.sequence.output_ids.pop()  # the host does not know it
+    buffers.fill(chunks, 4, [3, 0, 1])
+    assert rows.ids.tolist() == [14, 11, 0, 0]  # one that has no token ends there: any id will do
+    assert rows.positions.tolist() == [[5, 1, 2, 0]] * 3
+    assert rows.tensors.context_lens.tolist() == [6, 2, 3, 1]
+    assert rows.tensors.slot_mapping.tolist() == [
+        4 * BLOCK + 1,
+        8 * BLOCK + 1,
+        9 * BLOCK + 2,
+        SCRATCH * BLOCK,
+    ]
+    assert rows.tensors.block_table[0, :2].tolist() == [3, 4]
+
+
+def test_blocks_that_could_not_be_sent_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = DecodeBuffers(ROWS, MAX_BLOCKS, BLOCK, SCRATCH, 8, torch.device("cpu"))
+    sent = torch.Tensor.index_copy_
+
+    def failing(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        buffers.fill([chunk_of([3], 2, 5)], 1)
+    monkeypatch.setattr(torch.Tensor, "index_copy_", sent)
+    buffers.fill([chunk_of([3], 2, 5)], 1)
+    assert buffers.rows(1).tensors.block_table[0, 0] == 3
 
 
 def test_nothing_moves_and_a_bucket_has_the_first_rows() -> None:

@@ -20,7 +20,7 @@ from base.pocket import CHECKPOINT
 from engine.build import graph_attention, graph_buffers
 from engine.config import EngineConfig
 from engine.graph_memory import graph_bytes
-from engine.graphs import BUCKETS, buckets_up_to
+from engine.graphs import BUCKETS, DecodeGraphs, buckets_up_to
 from engine.runner import StepLogits
 from engine.sequence import BASE_SLOT
 from engine.step import Chunk, StepPlan
@@ -234,7 +234,7 @@ def test_adapters_without_device_tables_are_never_replayed(
 
 def test_the_largest_is_recorded_first(stand: Stand) -> None:
     graphs = stand.recorded._graphs
-    assert graphs is not None
+    assert isinstance(graphs, DecodeGraphs)
     assert graphs.recorded == tuple((rows, has) for rows in (8, 4, 2, 1) for has in (True, False))
 
 

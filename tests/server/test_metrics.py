@@ -29,6 +29,7 @@ from engine.observer import (
     SequenceEnded,
     SequenceStarted,
     StepDone,
+    SteppedAhead,
     StepRetried,
 )
 from engine.status import EngineStatus, SlotStatus
@@ -44,6 +45,7 @@ prompt_tokens_total generation_tokens_total adapter_loads_total adapter_load_fai
 adapter_cache_hits_total adapter_cache_misses_total prefix_cache_hits_tokens_total prefix_cache_misses_tokens_total
 image_cache_hits_total image_cache_misses_total http_requests_total requests_running requests_waiting adapter_slots
 adapter_bytes kv_cache_usage_ratio adapter_info kernels_info engine_recoveries_total ready
+steps_ahead_total rows_dropped_total
 """
 VLLM_NAMES = """
 num_requests_running num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds inter_token_latency_seconds
@@ -178,6 +180,13 @@ def test_adapter_and_image_events_are_counted(metrics: Metrics) -> None:
     assert value(metrics, "lorikeet_image_cache_hits_total") == 1
     assert value(metrics, "lorikeet_image_encode_seconds_count") == 1
     assert value(metrics, "lorikeet_step_retries_total") == 1
+
+
+def test_steps_ahead_and_their_dropped_rows_are_counted(metrics: Metrics) -> None:
+    assert value(metrics, "lorikeet_steps_ahead_total") == 0
+    record(metrics, SteppedAhead(0), SteppedAhead(3), SteppedAhead(1))
+    assert value(metrics, "lorikeet_steps_ahead_total") == 3
+    assert value(metrics, "lorikeet_rows_dropped_total") == 4
 
 
 def test_gauges_are_the_engines_status_now(metrics: Metrics) -> None:

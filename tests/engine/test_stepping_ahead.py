@@ -1,0 +1,427 @@
+"""One step ahead: whatever comes and goes, every message and event is that of an engine that waits for each token.
+
+The device is a stand-in that computes a step when its tokens are read, so that what is freed, overwritten or handed on
+too early is seen (tests/support/late_device.py); planted faults show that it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.ref import BASE, AdapterRef
+from adapters.registry import Registry
+from adapters.sites import discover_sites
+from adapters.validation import Limits
+from base.config import BaseConfig
+from base.loader import load_base
+from base.model import BaseModel
+from base.pocket import CHECKPOINT
+from base.prompt import Message, TextPart
+from engine.ahead import Surroundings
+from engine.config import EngineConfig
+from engine.executor import Executor
+from engine.holdings import Holdings
+from engine.messages import Abort, Inbound, LoadAdapter, Submit, UnloadAdapter
+from engine.request import GenerationRequest
+from engine.runner import Runner, StepLogits
+from engine.sampling import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence as Row
+from engine.sequence import WaitReason
+from engine.step import StepPlan
+from tests.support.late_device import LateDevice
+from tests.support.stepping import Life, Stepped, now, plain, stepped
+
+SAMPLES = Path(__file__).resolve().parents[2] / "adapters" / "samples"
+ADAPTERS = ("french", "json", "patterns")
+CONFIG = EngineConfig(num_slots=2, max_model_len=128, kv_bytes=4 << 20, max_running=5)
+OFF = replace(CONFIG, step_ahead="off")
+KV_OF_SOME = 150_000
+"""Bytes: less than four sequences' of 96 tokens."""
+QUESTIONS = ("Hello!", "Who are you?", "What is the capital of France?", "Thanks!", "Count to ten, please.")
+Scripted = dict[int, list[Inbound]]
+Params = dict[str, Any]
+
+
+class Bench:
+    """A base, adapters, and requests to them."""
+
+    def __init__(self, state: Path) -> None:
+        self.base: BaseModel = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu"))
+        self.registry = Registry(state, discover_sites(self.base.module), Limits(), [self.base.spec.name])
+        for name in ADAPTERS:
+            self.registry.register(name, SAMPLES / name)
+        self._prompts = {
+            text: self.base.processor.prepare_chat([Message("user", (TextPart(text),))]) for text in QUESTIONS
+        }
+
+    def ref(self, name: str) -> AdapterRef:
+        return self.registry.resolve(name)
+
+    def submit(self, name: str, text: str = "Hello!", adapter: str = "", **params: Any) -> Submit:
+        settings: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, **params}
+        sampling = SamplingParams(**settings)
+        ref = self.ref(adapter) if adapter else BASE
+        return Submit(GenerationRequest(name, self._prompts[text], ref, sampling, now()))
+
+    def live(
+        self,
+        script: Scripted,
+        config: EngineConfig = CONFIG,
+        *,
+        is_between: bool = False,
+        device: dict[str, dict[int, Exception]] | None = None,
+        is_sound: bool = True,
+    ) -> Life:
+        """``device``: faults and refusals. ``is_sound``: the device must find nothing that was not its own."""
+        with stepped(self.base, self.registry, config) as made:
+            late = LateDevice.under(made.engine)
+            for field, values in (device or {}).items():
+                setattr(late, field, values)
+            life = made.live(self._answering(script, made), is_between=is_between)
+            assert life.blocks_used == 0
+            assert not made.engine._swaps.picture().slots[0].num_requests
+            assert (not late.violations) == is_sound, late.violations[:3]
+            assert (late.num_ahead > 0) == (config.step_ahead == "auto")
+        return life
+
+    @staticmethod
+    def _answering(script: Scripted, made: Stepped) -> Scripted:
+        """Loads and unloads tell this engine's life what came of them."""
+
+        def own(message: Inbound) -> Inbound:
+            if not isinstance(message, LoadAdapter | UnloadAdapter):
+                return message
+            return replace(message, reply=lambda report: made.note(*_report(report)))
+
+        return {step: [own(message) for message in messages] for step, messages in script.items()}
+
+
+def _report(report: object) -> tuple[object, ...]:
+    return (type(report).__name__, str(report)) if isinstance(report, Exception) else plain(report)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("ahead"))
+    yield bench
+    bench.registry.close()
+
+
+def check_same(found: Life, expected: Life) -> None:
+    assert found.messages == expected.messages
+    assert found.events == expected.events
+    assert found.num_steps == expected.num_steps
+
+
+# ---- equal, message by message and event by event -----------------------------------------------------------------
+
+
+def test_greedy_rows_of_several_adapters_go_ahead_and_say_the_same(bench: Bench) -> None:
+    script: Scripted = {
+        0: [
+            bench.submit("a", max_tokens=30),
+            bench.submit("b", "Who are you?", "french", max_tokens=21),
+            bench.submit("c", "Thanks!", "json", max_tokens=14),
+        ]
+    }
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+    assert found.num_ahead > 12  # all but the steps of prompts and of adapters that come
+    assert found.num_dropped == 0  # an end by length is known beforehand
+
+
+def tokens_of(life: Life, request_id: str) -> list[int]:
+    return [token for told in life.of(request_id) if told[0] == "Tokens" for token in told[2]]  # type: ignore[attr-defined]
+
+
+def test_a_row_that_ends_in_the_middle_is_dropped_and_seen_by_nobody(bench: Bench) -> None:
+    plain_script: Scripted = {
+        0: [bench.submit("a", max_tokens=30), bench.submit("b", "Thanks!", "french", max_tokens=30)]
+    }
+    whole = bench.live(plain_script, OFF)
+    stop = tokens_of(whole, "b")[9]
+    script: Scripted = {
+        0: [
+            bench.submit("a", max_tokens=30),
+            bench.submit("b", "Thanks!", "french", max_tokens=30, stop_token_ids=(stop,)),
+        ]
+    }
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+    assert found.num_dropped == 1
+    assert len(tokens_of(found, "b")) < 30
+    assert tokens_of(found, "a") == tokens_of(whole, "a")
+
+
+def test_a_lone_sequence_that_ends_leaves_nothing_behind(bench: Bench) -> None:
+    stop = tokens_of(bench.live({0: [bench.submit("a", max_tokens=20)]}, OFF), "a")[6]
+    script: Scripted = {0: [bench.submit("a", max_tokens=20, stop_token_ids=(stop,))]}
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+    assert found.num_dropped == 1
+
+
+def test_drawn_tokens_go_ahead_too(bench: Bench) -> None:
+    draws: tuple[Params, ...] = (
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 20},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+    )
+    script: Scripted = {
+        0: [
+            bench.submit(f"r{i}", QUESTIONS[i], max_tokens=18, seed=i, **params)
+            for i, params in enumerate(draws)
+        ]
+    }
+    script[0].append(bench.submit("greedy", adapter="french", max_tokens=25))
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+    assert found.num_ahead > 14
+
+
+SHAPES: dict[str, Params] = {
+    "a bias": {"logit_bias": ((5, 3.0),)},
+    "a penalty": {"repetition_penalty": 1.2},
+    "log-probabilities": {"logprobs": 2},
+    "top_p over all tokens": {"temperature": 1.0, "top_p": 0.9, "seed": 4},
+}
+
+
+@pytest.mark.parametrize("params", SHAPES.values(), ids=SHAPES.keys())
+def test_rows_that_need_the_host_hold_the_step_until_they_are_gone(bench: Bench, params: Params) -> None:
+    script: Scripted = {
+        0: [bench.submit("plain", max_tokens=16), bench.submit("shaped", max_tokens=8, **params)]
+    }
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+    assert (
+        found.num_ahead == 16 - 8 - 1
+    )  # neither beside it, nor from its last step, nor after the last token
+
+
+def test_an_end_that_is_forbidden_holds_the_step_until_it_is_allowed(bench: Bench) -> None:
+    script: Scripted = {0: [bench.submit("a", max_tokens=20, min_tokens=8, ignore_eos=False)]}
+    found = bench.live(script)
+    check_same(found, bench.live(script, OFF))
+
+
+def life_of_a_server(bench: Bench, seed: int) -> Scripted:
+    """Newcomers, stops, aborts, swaps, loads and unloads, drawn by ``seed``."""
+    draw = random.Random(seed)
+    script: Scripted = {0: []}
+    for number in range(14):
+        step = draw.randrange(90) if number else 0
+        name, adapter = f"r{number}", draw.choice(["", "", *ADAPTERS])
+        params: Params = {"max_tokens": draw.randrange(1, 34)}
+        if draw.random() < 0.4:
+            params |= {"ignore_eos": False, "stop_token_ids": tuple(draw.sample(range(300), 60))}
+        if draw.random() < 0.3:
+            params |= {"temperature": 1.0, "seed": number}
+        if draw.random() < 0.15:
+            params |= {"logprobs": 1, "max_tokens": 4}
+        script.setdefault(step, []).append(bench.submit(name, draw.choice(QUESTIONS), adapter, **params))
+        if draw.random() < 0.3:
+            reason = draw.choice(["abort", "stop"])
+            script.setdefault(step + draw.randrange(1, 20), []).append(Abort(name, reason))  # type: ignore[arg-type]
+    for _ in range(4):
+        ref = bench.ref(draw.choice(ADAPTERS))
+        acts: list[Inbound] = [
+            UnloadAdapter(ref, timeout_s=60.0, reply=lambda report: None),
+            LoadAdapter(ref, pin=False, reply=lambda report: None),
+        ]
+        script.setdefault(draw.randrange(90), []).append(draw.choice(acts))
+    return script
+
+
+def test_the_life_of_a_server_is_the_same_step_by_step(bench: Bench) -> None:
+    lives = []
+    for seed in range(5):
+        script = life_of_a_server(bench, seed)
+        lives.append(bench.live(script))
+        check_same(lives[-1], bench.live(script, OFF))
+    assert sum(life.num_dropped for life in lives) >= 5
+    kinds = [event[0] for life in lives for _, event in life.events]
+    assert kinds.count("AdapterEvicted") >= 3
+    assert sum(life.num_ahead for life in lives) > 60
+
+
+@pytest.mark.parametrize("seed", [6, 7])
+def test_what_comes_between_two_steps_waits_a_step_and_changes_no_answer(bench: Bench, seed: int) -> None:
+    """A message that comes after the next step was started: an abort is obeyed at once, a newcomer begins behind it."""
+    script = life_of_a_server(bench, seed)
+    found = bench.live(script, is_between=True).without_steps()
+    expected = bench.live(script, OFF, is_between=True).without_steps()
+    aborted = {m.request_id for messages in script.values() for m in messages if isinstance(m, Abort)}
+    assert found.keys() == expected.keys()
+    for name in expected:
+        if name in aborted:  # it had one token more, or fewer, when the abort came
+            shorter = min(len(found[name]), len(expected[name])) - 1
+            assert abs(len(found[name]) - len(expected[name])) <= 2
+            assert found[name][:shorter] == expected[name][:shorter]
+        else:
+            assert found[name] == expected[name]
+
+
+def test_a_cache_too_small_for_all_gives_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are preempted, and what would need others' blocks is not done ahead."""
+    preempt, preempted = Scheduler._preempt, list[str]()
+
+    def noted(self: Scheduler, sequence: Row, reason: WaitReason = WaitReason.BLOCKS) -> None:
+        preempted.append(sequence.request_id)
+        preempt(self, sequence, reason)
+
+    monkeypatch.setattr(Scheduler, "_preempt", noted)
+    small = replace(CONFIG, kv_bytes=KV_OF_SOME, max_model_len=96)
+    script: Scripted = {0: [bench.submit(f"r{i}", QUESTIONS[i], max_tokens=40) for i in range(4)]}
+    found = bench.live(script, small).without_steps()
+    assert preempted
+    assert found == bench.live(script, replace(small, step_ahead="off")).without_steps()
+
+
+# ---- what fails ----------------------------------------------------------------------------------------------------
+
+
+THREE = [("a", "Hello!", ""), ("b", "Who are you?", "french"), ("c", "Thanks!", "")]
+
+
+def three(bench: Bench) -> Scripted:
+    return {0: [bench.submit(*each, max_tokens=16) for each in THREE]}
+
+
+@pytest.fixture(scope="module")
+def quiet(bench: Bench) -> Life:
+    """Of these three, on a day when nothing fails and nothing is ahead."""
+    return bench.live(three(bench), OFF)
+
+
+FAULTS = {"an error": RuntimeError("planted"), "no memory": torch.OutOfMemoryError("planted")}
+
+
+@pytest.mark.parametrize("kind", ["faults", "refusals"])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_a_step_that_fails_on_the_device_is_done_again_and_nothing_is_lost(
+    bench: Bench, quiet: Life, kind: str, fault: Exception, number: int
+) -> None:
+    script = three(bench)
+    found = bench.live(script, device={kind: {number: fault}})
+    assert found.messages == quiet.messages
+    retries = [event for _, event in found.events if event[0] == "StepRetried"]
+    assert retries == ([("StepRetried", 0, type(fault).__name__)] if kind == "faults" else [])
+
+
+def test_a_culprit_fails_alone_though_its_step_was_ahead(
+    bench: Bench, quiet: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It throws on the device and when it is done again, at its eighth token."""
+    run = Runner.run
+
+    def throwing(self: Runner, plan: StepPlan) -> StepLogits:
+        if any(
+            c.sequence.request_id == "b" and c.start == c.sequence.num_prompt_tokens + 7 for c in plan.chunks
+        ):
+            raise RuntimeError("planted")
+        return run(self, plan)
+
+    expected = quiet.without_steps()
+    monkeypatch.setattr(Runner, "run", throwing)
+    found = bench.live(three(bench)).without_steps()
+    assert found["a"] == expected["a"]
+    assert found["c"] == expected["c"]
+    assert found["b"][:-1] == expected["b"][: len(found["b"]) - 1]
+    assert found["b"][-1][0] == "Failed"
+
+
+def test_nan_on_the_device_fails_that_request_alone(
+    bench: Bench, quiet: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Runner.run
+
+    def poisoned(self: Runner, plan: StepPlan) -> StepLogits:
+        step = run(self, plan)
+        for row, chunk in enumerate(plan.chunks):
+            if chunk.sequence.request_id == "b" and chunk.start == chunk.sequence.num_prompt_tokens + 7:
+                step.logits[row] = torch.nan
+        return step
+
+    expected = quiet.without_steps()
+    monkeypatch.setattr(Runner, "run", poisoned)
+    found = bench.live(three(bench))
+    lives = found.without_steps()
+    assert (lives["a"], lives["c"]) == (expected["a"], expected["c"])
+    assert lives["b"][-1][0] == "Failed"
+    assert found.num_dropped == 1
+
+
+# ---- positive controls ---------------------------------------------------------------------------------------------
+
+
+def stopping(bench: Bench) -> Scripted:
+    """One of two stops in the middle, and a third that comes then takes its room."""
+    whole = bench.live({0: [bench.submit("b", "Thanks!", "french", max_tokens=30)]}, OFF)
+    stop = tokens_of(whole, "b")[9]
+    return {
+        0: [
+            bench.submit("a", max_tokens=30),
+            bench.submit("b", "Thanks!", "french", max_tokens=30, stop_token_ids=(stop,)),
+        ]
+    }
+
+
+def test_blocks_and_slots_that_are_given_back_too_early_are_seen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = stopping(bench)
+    bench.live(script)
+    monkeypatch.setattr(Holdings, "give_back_ended", Holdings.give_back)
+    bench.live(script, is_sound=False)
+
+
+def test_a_row_that_is_not_dropped_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = stopping(bench)
+    expected = bench.live(script, OFF)
+    monkeypatch.setattr(StepPlan, "only", lambda self, chunks: self)
+    with pytest.raises((AssertionError, KeyError)):
+        check_same(bench.live(script), expected)
+
+
+def test_tokens_of_a_step_whose_inputs_failed_are_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step behind one that failed is kept: what it computed from is not what was done again."""
+    script = three(bench)
+    expected = bench.live(script, OFF).messages
+    monkeypatch.setattr(Executor, "abandon", lambda self: None)
+    monkeypatch.setattr(LateDevice, "_feed", _feed_what_failed)
+    assert bench.live(script, device={"faults": {5: RuntimeError("planted")}}).messages != expected
+
+
+def _feed_what_failed(self: LateDevice, this: object, before: object) -> None:
+    before.fault, fault = None, before.fault  # type: ignore[attr-defined]
+    _FEED(self, this, before)  # type: ignore[arg-type]
+    if fault is not None:
+        for snapshot in this.snapshots:  # type: ignore[attr-defined]
+            snapshot.output_ids[-1] = 7
+
+
+_FEED = LateDevice._feed
+
+
+def test_going_ahead_past_an_abort_in_the_inbox_is_seen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = life_of_a_server(bench, 1)
+    expected = bench.live(script, OFF)
+    monkeypatch.setattr(Surroundings, "is_quiet", property(lambda self: True))
+    found = bench.live(script)
+    assert (found.messages, found.events) != (expected.messages, expected.events)
+
+
+def test_off_never_goes_ahead(bench: Bench) -> None:
+    assert bench.live(three(bench), OFF).num_ahead == 0
