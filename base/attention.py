@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from base.rotary import Rotary
+
 LORIKEET_PAGED: Final = "lorikeet_paged"
 
 
@@ -71,10 +73,13 @@ def plan_tensors(plan: AttentionPlan) -> PlanTensors:
 class LayerAttention(Protocol):
     """One step's attention, called once a layer in order of the layers."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Write key and value to the layer's cache, then attend.
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, scaling: float
+    ) -> Tensor:
+        """Rotate query and key, write key and value to the layer's cache, then attend.
 
-        query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim], rotated -> as query.
+        query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim], as they were projected -> as query,
+        a new one. A row's heads lie side by side, and rows may be slices of wider ones. None of the three is changed.
         """
 
 

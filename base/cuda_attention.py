@@ -16,6 +16,7 @@ from torch import Tensor
 from base.attention import AttentionPlan, PagedAttention
 from base.config import CudaKernels
 from base.kernel_check import Case, may_serve
+from base.rotary import Rotary
 from base.torch_attention import TorchAttention
 from base.triton_attention import TritonAttention, Varlen, find_varlen
 
@@ -72,15 +73,12 @@ def try_attention(
         twin = replace(
             plan, key_cache=(plan.key_cache[0].clone(),), value_cache=(plan.value_cache[0].clone(),)
         )
-        num_rows, counts = plan.query_starts[-1], (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-        query, key, value = (
-            _numbers((num_rows, count, heads.dim), place).to(device, dtype)
-            for place, count in enumerate(counts)
-        )
-        scaling = heads.dim**-0.5
-        found = ours.begin(plan, dtype)(0, query, key, value, scaling)
+        num_rows, scaling = plan.query_starts[-1], heads.dim**-0.5
+        query, key, value = _projected(num_rows, heads, dtype, device)
+        rotary = _rotary(num_rows, heads.dim, dtype, device)
+        found = ours.begin(plan, dtype)(0, query, key, value, rotary, scaling)
         what = f"{len(segments)} sequences of {num_rows} rows"
-        yield what, found, plain.begin(twin, dtype)(0, query, key, value, scaling)
+        yield what, found, plain.begin(twin, dtype)(0, query, key, value, rotary, scaling)
         yield f"the keys of {what}", plan.key_cache[0], twin.key_cache[0]
         yield f"the values of {what}", plan.value_cache[0], twin.value_cache[0]
 
@@ -109,6 +107,18 @@ def _plan(
         value_cache=(_numbers(shape, 4).to(device, dtype),),
         block_size=BLOCK_SIZE,
     )
+
+
+def _projected(num_rows: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Queries, keys and values [rows, heads, dim], side by side in memory as one product leaves them."""
+    counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+    merged = _numbers((num_rows, sum(counts), heads.dim), 0).to(device, dtype)
+    return tuple(merged.split(counts, 1))
+
+
+def _rotary(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+    angles = 3 * _numbers((num_rows, dim // 2), 1).repeat(1, 2)
+    return Rotary(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
 
 
 def _numbers(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -18,31 +18,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from base.attention import AttentionPlan, LayerAttention, PagedAttention
 from base.children import child
 from base.norm import Norm
+from base.rotary import Rotary
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
-
-class Rotary:
-    """cos and sin of a step's positions, made once for all layers. T tokens, D the head's size."""
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """Both [T, D]."""
-        self._half = cos.shape[-1] // 2
-        self._cos = cos.unsqueeze(1)
-        # the sign of the rotated half, moved from the heads to the sines: the same bits, one operation less a layer
-        self._sin = torch.cat([-sin[:, : self._half], sin[:, self._half :]], dim=-1).unsqueeze(1)
-
-    def __call__(self, heads: Tensor) -> Tensor:
-        """[T, heads, D] -> a new one."""
-        turned = torch.cat([heads[..., self._half :], heads[..., : self._half]], dim=-1)
-        return (heads * self._cos).add_(turned.mul_(self._sin))
 
 
 class DecoderLayer:
@@ -65,10 +49,10 @@ class DecoderLayer:
     def _attend(self, x: Tensor, rotary: Rotary, attend: LayerAttention) -> Tensor:
         heads = (x.shape[0], -1, self._head_dim)
         project = self._attention
-        query = rotary(child(project, "q_proj")(x).view(heads))
-        key = rotary(child(project, "k_proj")(x).view(heads))
+        query = child(project, "q_proj")(x).view(heads)
+        key = child(project, "k_proj")(x).view(heads)
         value = child(project, "v_proj")(x).view(heads)
-        attended = attend(self._index, query, key, value, self._scaling)
+        attended = attend(self._index, query, key, value, rotary, self._scaling)
         return child(project, "o_proj")(attended.flatten(1))
 
     def _feed_forward(self, x: Tensor) -> Tensor:

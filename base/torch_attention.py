@@ -1,10 +1,11 @@
 """TorchAttention: paged attention in plain torch, for every device; what CPUs serve with.
 
-It writes the step's keys and values to the cache, then computes two kinds of segments. Those of several rows (prompts
-and their pieces) go one by one. Those of one row (decodes) go together, one call for all whose contexts round up to the
-same number of keys: query heads of one key head lie as rows of one product, so keys are not repeated, and what a row
-computes has a shape that depends on its own context alone. So its bits do not depend on its neighbours. A padding key
-is the row's own first one under a mask, so that nothing another request left behind, a NaN least of all, is read.
+It rotates, writes the step's keys and values to the cache, then computes two kinds of segments. Those of several rows
+(prompts and their pieces) go one by one. Those of one row (decodes) go together, one call for all whose contexts round
+up to the same number of keys: query heads of one key head lie as rows of one product, so keys are not repeated, and
+what a row computes has a shape that depends on its own context alone. So its bits do not depend on its neighbours. A
+padding key is the row's own first one under a mask, so that nothing another request left behind, a NaN least of all, is
+read.
 
 Owns: index tensors and masks, made once a step for all layers. Place in a request's way: step 8, under the decoder.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from base.attention import AttentionPlan, Segment, segments_of
+from base.rotary import Rotary
 
 MIN_KEYS: Final = 64
 """Contexts of decodes round up to multiples of this, and of an eighth of their size: at most an eighth is padding."""
@@ -57,8 +59,12 @@ class TorchStep:
         self._long = [segment for segment in segments if segment.end - segment.begin > 1]
         self._decodes = _decode_groups(plan, dtype)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, scaling: float
+    ) -> Tensor:
+        """As ``LayerAttention``'s."""
         plan = self._plan
+        query, key = rotary(query), rotary(key)
         keys, values = plan.key_cache[layer], plan.value_cache[layer]
         flat_keys, flat_values = keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
         flat_keys.index_copy_(0, plan.slot_mapping, key)

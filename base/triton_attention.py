@@ -1,5 +1,6 @@
-"""TritonAttention: paged attention beside CUDA. Decodes go to base.ops' kernel; prompts and their pieces to
-``varlen_attn`` where this torch has it, segment by segment to scaled_dot_product_attention where not.
+"""TritonAttention: paged attention beside CUDA. One kernel of base.ops rotates and stores, one attends for decodes;
+prompts and their pieces go to ``varlen_attn`` where this torch has it, segment by segment to
+scaled_dot_product_attention where not.
 
 base.attention is the plain twin. It is begun once a step (index tensors for all layers) and then called once a layer,
 in order. A step of decodes alone only launches kernels when it is called, so that it can be captured.
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from base.attention import AttentionPlan, PlanTensors, Segment, segments_of
-from base.ops.attention_ops import attend_decodes
+from base.ops.attention_ops import attend_decodes, rotate_and_store
+from base.rotary import Rotary
 
 CAUSAL: Final = (-1, 0)
 """``varlen_attn``'s window: all keys before a row, none after, the last row seeing all."""
@@ -110,11 +112,12 @@ class TritonDecodes:
         self._decodes = Decodes(None, tensors.block_table, tensors.context_lens)
         self._keys, self._values = tuple(key_cache), tuple(value_cache)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """As ``TritonStep``'s."""
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, scaling: float
+    ) -> Tensor:
+        """As ``LayerAttention``'s."""
         keys, values = self._keys[layer], self._values[layer]
-        keys.flatten(0, 1).index_copy_(0, self._slots, key)
-        values.flatten(0, 1).index_copy_(0, self._slots, value)
+        query = rotate_and_store(query, key, value, rotary.cos, rotary.sin, self._slots, keys, values)
         return _attend_decodes(query, keys, values, self._decodes, scaling)
 
 
@@ -134,12 +137,13 @@ class TritonStep:
         elif any(is_long):
             self._segments = [one for one, long in zip(segments_of(plan), is_long, strict=True) if long]
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [T, heads, dim], key and value [T, kv_heads, dim], rotated -> as query. Writes the layer's cache."""
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, scaling: float
+    ) -> Tensor:
+        """As ``LayerAttention``'s."""
         keys, values = self._plan.key_cache[layer], self._plan.value_cache[layer]
-        flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
-        flat_keys.index_copy_(0, self._plan.slot_mapping, key)
-        flat_values.index_copy_(0, self._plan.slot_mapping, value)
+        slots = self._plan.slot_mapping
+        query = rotate_and_store(query, key, value, rotary.cos, rotary.sin, slots, keys, values)
         if self._decodes is not None and self._decodes.rows is None:
             return _attend_decodes(query, keys, values, self._decodes, scaling)
         output = torch.empty_like(query)
@@ -148,7 +152,7 @@ class TritonStep:
             attended = _attend_decodes(query.index_select(0, rows), keys, values, self._decodes, scaling)
             output.index_copy_(0, rows, attended)
         if self._pack is not None and self._varlen is not None:
-            self._attend_pack(output, query, flat_keys, flat_values, self._pack, self._varlen, scaling)
+            self._attend_pack(output, query, keys, values, self._pack, self._varlen, scaling)
         for segment in self._segments:
             output[segment.begin : segment.end] = _attend_segment(query, keys, values, segment, scaling)
         return output
@@ -157,14 +161,14 @@ class TritonStep:
         self,
         output: Tensor,
         query: Tensor,
-        flat_keys: Tensor,
-        flat_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
         pack: Pack,
         varlen: Varlen,
         scaling: float,
     ) -> None:
         rows = query if pack.rows is None else query.index_select(0, pack.rows)
-        key, value = flat_keys.index_select(0, pack.places), flat_values.index_select(0, pack.places)
+        key, value = (cache.flatten(0, 1).index_select(0, pack.places) for cache in (keys, values))
         attended = varlen(rows, key, value, pack, scaling)
         if pack.rows is None:
             output.copy_(attended)
@@ -173,9 +177,7 @@ class TritonStep:
 
 
 def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, decodes: Decodes, scaling: float) -> Tensor:
-    return attend_decodes(
-        query.contiguous(), keys, values, decodes.block_tables, decodes.context_lens, scaling
-    )
+    return attend_decodes(query, keys, values, decodes.block_tables, decodes.context_lens, scaling)
 
 
 def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:

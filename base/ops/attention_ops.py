@@ -99,26 +99,32 @@ def attend_decodes(
 
 
 def rotate_and_store(
-    query: Tensor,  # [T, heads, dim], rotated in place
-    key: Tensor,  # [T, kv_heads, dim], rotated in place
+    query: Tensor,  # [T, heads, dim]
+    key: Tensor,  # [T, kv_heads, dim]
     value: Tensor,  # [T, kv_heads, dim]
     cos: Tensor,  # [T, dim], of the query's dtype, sections of the multimodal rotary put together
-    sin: Tensor,
+    sin: Tensor,  # [T, dim], the first half negative, as base.rotary has it
     slot_mapping: Tensor,  # [T] int64, -1 for a row that goes nowhere
     key_cache: Tensor,  # [num_blocks, block_size, kv_heads, dim]
     value_cache: Tensor,
-) -> None:
-    """Rotate queries and keys, and write keys and values to the cache. Rows may be slices of one merged output."""
+) -> Tensor:
+    """Write rotated keys, and values, to the cache; the rotated queries [T, heads, dim], a new tensor.
+
+    Rows may be slices of one merged output. To the bit ``base.rotary`` and a plain store. Raises ValueError where
+    heads, or how they lie in memory, do not fit the kernel.
+    """
     from base.ops.kernels import attention as kernels
     from base.ops.kernels.rounding import ELEMENTS, IS_INTERPRETED
 
     num_rows, num_heads, dim = query.shape
     num_kv_heads = key.shape[1]
-    if any(rows.stride(1) != dim or rows.stride(2) != 1 for rows in (query, key, value)):
-        raise ValueError("heads of one row must lie side by side")
-    if not (cos.is_contiguous() and sin.is_contiguous()) or cos.shape != (num_rows, dim):
+    if dim & (dim - 1) or any(rows.stride(1) != dim or rows.stride(2) != 1 for rows in (query, key, value)):
+        raise ValueError(f"heads of {dim} numbers, or how they lie in memory, do not fit the kernel")
+    if not (cos.is_contiguous() and sin.is_contiguous()) or not cos.shape == sin.shape == (num_rows, dim):
         raise ValueError(f"cosines and sines of [{num_rows}, {dim}] expected, not {tuple(cos.shape)}")
-    kernels.rotate_store[(num_rows, num_heads + 2 * num_kv_heads)](
+    out = torch.empty((num_rows, num_heads, dim), dtype=query.dtype, device=query.device)
+    kernels.rotate_store[(num_rows, 3)](
+        out,
         query,
         key,
         value,
@@ -127,13 +133,17 @@ def rotate_and_store(
         slot_mapping,
         key_cache,
         value_cache,
-        num_heads,
-        num_kv_heads,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
+        STRIDE_Q=query.stride(0),
+        STRIDE_K=key.stride(0),
+        STRIDE_V=value.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        TILE=1 << (num_heads - 1).bit_length(),
+        KV_TILE=1 << (num_kv_heads - 1).bit_length(),
         DIM=dim,
         DTYPE=ELEMENTS[query.dtype],
         UPCAST=IS_INTERPRETED,
-        num_warps=1,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
+    return out

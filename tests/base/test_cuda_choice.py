@@ -22,7 +22,7 @@ from base.linear import dequantised_weight, four_bit_names
 from base.loader import load_base
 from base.memory import memory_by_part
 from base.ops import nf4_ops
-from base.ops.attention_ops import attend_decodes
+from base.ops.attention_ops import attend_decodes, rotate_and_store
 from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_linear import Nf4Linear
 from base.torch_attention import TorchAttention
@@ -176,6 +176,24 @@ def test_wrong_or_raising_attention_leaves_torchs(
     assert isinstance(attention, TorchAttention)
     assert kernels == {"attention": "torch", "prompts": "torch"}
     assert "kernels.refused kind=attention" in caplog.text
+
+
+def test_a_wrong_turn_leaves_torchs_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from base import triton_attention
+
+    def backwards(
+        query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *rest: Tensor
+    ) -> Tensor:
+        return rotate_and_store(query, key, value, cos, -sin, *rest)
+
+    monkeypatch.setattr(triton_attention, "rotate_and_store", backwards)
+    monkeypatch.setattr(
+        cuda_attention, "DECODES", (((1, 1),),)
+    )  # whose query does not matter, but its key does
+    assert isinstance(choose_attention(HEADS, torch.float16, "auto", CPU)[0], TorchAttention)
+    assert "kernels.refused kind=attention reason='the keys of 1 sequences" in caplog.text
 
 
 def test_heads_that_the_kernel_does_not_take_leave_torchs(caplog: pytest.LogCaptureFixture) -> None:

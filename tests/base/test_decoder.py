@@ -12,9 +12,11 @@ from base.attention import AttentionPlan, plan_tensors
 from base.config import BaseConfig
 from base.loader import load_base
 from base.model import BaseModel
+from base.rotary import Rotary
 from base.torch_attention import padded_length
 from tests.base.test_generation import prompts
 from tests.support.paged import PagedCache, Segment, embed_prompt
+from tests.support.rotaries import random_turns
 
 SHAPES = {
     "one token": [(0, 1)],
@@ -106,7 +108,8 @@ def test_a_decode_has_the_same_bits_alone_and_among_others(
         spec = base.spec
         query = torch.randn(len(embeds), spec.num_heads, spec.head_dim, dtype=base.dtype)
         key, value = torch.randn(2, len(embeds), spec.num_kv_heads, spec.head_dim, dtype=base.dtype)
-        together = attend(0, query, key, value, 0.3)
+        cos, sin = random_turns(len(embeds), spec.head_dim, base.dtype)
+        together = attend(0, query, key, value, Rotary(cos, sin), 0.3)
         for row, (length, table) in enumerate(zip(lengths, plan.block_tables, strict=False)):
             alone = AttentionPlan(
                 query_starts=(0, 1),
@@ -119,7 +122,8 @@ def test_a_decode_has_the_same_bits_alone_and_among_others(
             )
             mine = slice(row, row + 1)
             single = base.decoder.attention.begin(alone, base.dtype)
-            assert torch.equal(single(0, query[mine], key[mine], value[mine], 0.3)[0], together[row])
+            rotary = Rotary(cos[mine], sin[mine])
+            assert torch.equal(single(0, query[mine], key[mine], value[mine], rotary, 0.3)[0], together[row])
 
 
 def test_a_decode_never_reads_what_others_left_in_its_blocks(bases: tuple[BaseModel, BaseModel]) -> None:

@@ -12,6 +12,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
 from base.attention import AttentionPlan, attend_paged, segments_of
 from base.ops.attention_ops import AttentionLaunch, attend_decodes, attention_launch, rotate_and_store
+from base.rotary import Rotary
+from tests.support.rotaries import random_rotary
 
 pytest.importorskip("triton")
 
@@ -148,30 +150,56 @@ def test_splits_fill_the_device_and_no_more(rows: int, kv_heads: int) -> None:
     assert splits == 1 or rows * kv_heads * splits <= 264
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotate_and_store_is_transformers_rotary_and_the_plain_store(dtype: torch.dtype) -> None:
-    num_rows, heads, kv_heads, dim = 5, 6, 2, 32
+HEAD_COUNTS = {
+    "grouped": (6, 2),
+    "the 7B's": (28, 4),
+    "one each": (1, 1),
+    "an odd number of key heads": (9, 3),
+}
+
+
+def projected(num_rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys and values, slices of one merged output."""
     merged = randn(num_rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
-    query, key, value = (
-        part.unflatten(1, (-1, dim))
-        for part in merged.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
-    )
+    parts = merged.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    return tuple(part.unflatten(1, (-1, dim)) for part in parts)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEAD_COUNTS.values(), ids=HEAD_COUNTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotate_and_store_is_transformers_rotary_and_the_plain_store(
+    dtype: torch.dtype, heads: int, kv_heads: int
+) -> None:
+    num_rows, dim = 5, 32
+    query, key, value = projected(num_rows, heads, kv_heads, dim, dtype)
+    before = [part.clone() for part in (query, key, value)]
     angles = torch.randn(num_rows, dim // 2).repeat(1, 2).to(DEVICE)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     new_query, new_key = (each * cos[:, None] + rotate_half(each) * sin[:, None] for each in (query, key))
     slots = torch.tensor([35, 0, -1, 17, 18], device=DEVICE)
     shape = (3, BLOCK_SIZE, kv_heads, dim)
-    key_cache, value_cache = (
-        torch.full(shape, 7.0, dtype=dtype, device=DEVICE),
-        torch.zeros(shape, dtype=dtype, device=DEVICE),
-    )
-    expected_values = value.clone()
-    rotate_and_store(query, key, value, cos, sin, slots, key_cache, value_cache)
-    assert torch.equal(query, new_query)
-    assert torch.equal(key, new_key)
+    key_cache, value_cache = (torch.full(shape, 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    rotary = Rotary(cos, sin)
+    found = rotate_and_store(query, key, value, rotary.cos, rotary.sin, slots, key_cache, value_cache)
+    assert torch.equal(found, new_query)
+    assert torch.equal(rotary(query), new_query) and torch.equal(rotary(key), new_key)
     used = slots >= 0
     keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    assert torch.equal(keys[slots[used]], key[used])
-    assert torch.equal(values[slots[used]], expected_values[used])
-    keys[slots[used]] = 7.0
-    assert (keys == 7.0).all()  # nothing else was written
+    assert torch.equal(keys[slots[used]], new_key[used])
+    assert torch.equal(values[slots[used]], value[used])
+    keys[slots[used]], values[slots[used]] = 7.0, 7.0
+    assert (keys == 7.0).all() and (values == 7.0).all()  # nothing else was written
+    for part, old in zip((query, key, value), before, strict=True):
+        assert torch.equal(part, old)
+
+
+def test_heads_and_turns_that_do_not_fit_are_refused() -> None:
+    query, key, value = projected(3, 2, 1, 32, torch.float16)
+    rotary = random_rotary(3, 32, torch.float16, DEVICE)
+    slots = torch.arange(3, device=DEVICE)
+    caches = [torch.zeros(1, BLOCK_SIZE, 1, 32, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    across = query.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="heads of 32 numbers"):
+        rotate_and_store(across, key, value, rotary.cos, rotary.sin, slots, *caches)
+    with pytest.raises(ValueError, match=r"\[3, 32\] expected"):
+        rotate_and_store(query, key, value, rotary.cos[:2], rotary.sin, slots, *caches)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from base.attention import AttentionPlan, attend_paged, segments_of
 from base.triton_attention import Pack, TritonAttention, find_varlen
+from tests.support.rotaries import random_rotary
 
 pytest.importorskip("triton")
 
@@ -84,14 +85,13 @@ def test_a_step_equals_the_reference(
     plan = step_of(segments, dtype)
     num_rows = plan.query_starts[-1]
     generator = torch.Generator().manual_seed(4)
-    query, key, value = (
-        torch.randn(num_rows, heads, DIM, generator=generator).to(DEVICE, dtype)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
+    merged = torch.randn(num_rows, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(DEVICE, dtype)
+    query, key, value = merged.split((HEADS, KV_HEADS, KV_HEADS), 1)
+    rotary = random_rotary(num_rows, DIM, dtype, DEVICE)
     attention = TritonAttention(plain_varlen if is_packed else None)
-    found = attention.begin(plan, dtype)(0, query, key, value, 0.2)
+    found = attention.begin(plan, dtype)(0, query, key, value, rotary, 0.2)
     stored = [cache[0].clone() for cache in (plan.key_cache, plan.value_cache)]
-    heads = [rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value)]
+    heads = [rows.transpose(0, 1).unsqueeze(0) for rows in (rotary(query), rotary(key), value)]
     segments_now = segments_of(plan)
     expected, _ = attend_paged(
         Layer(), heads[0], heads[1], heads[2], None, plan=plan, segments=segments_now, scaling=0.2
@@ -119,7 +119,7 @@ def test_varlen_equals_the_loop(segments: tuple[tuple[int, int], ...]) -> None:
     )
     results = [
         TritonAttention(way).begin(step_of(segments, torch.bfloat16), torch.bfloat16)(
-            0, query, key, value, 0.2
+            0, query, key, value, random_rotary(rows, DIM, torch.bfloat16, DEVICE), 0.2
         )
         for way in (varlen, None)
     ]

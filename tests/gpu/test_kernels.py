@@ -17,10 +17,14 @@ from adapters.ops.torch_ops import Rounding
 from adapters.ops.triton_ops import TritonLinear
 from adapters.sites import Site
 from adapters.slots import SlotBank, page_rank
+from base.cuda_attention import Heads, Segments, try_attention
+from base.kernel_check import error_of
 from base.ops import nf4, nf4_ops
 from base.ops.attention_ops import attend_decodes, rotate_and_store
 from base.ops.nf4_ahead import DequantiseAhead
+from base.rotary import Rotary
 from tests.support.lora import make_weights
+from tests.support.rotaries import random_turns
 
 pytestmark = pytest.mark.gpu
 
@@ -179,22 +183,43 @@ def test_paged_decodes_equal_attention_over_gathered_keys(
         torch.testing.assert_close(found[row].double(), expected[:, 0], rtol=2e-2, atol=4e-3)
 
 
-def test_rotate_and_store_rounds_like_transformers() -> None:
-    merged = randn(33, (28 + 8) * 128)
-    query, key, value = (
-        part.unflatten(1, (-1, 128)) for part in merged.split([28 * 128, 4 * 128, 4 * 128], 1)
-    )
-    angles = randn(33, 64, dtype=torch.float32, seed=3).repeat(1, 2)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 2), (28, 4)])
+@pytest.mark.parametrize("num_rows", [1, 33, 2048])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotate_and_store_rounds_like_transformers(
+    dtype: torch.dtype, num_rows: int, heads: int, kv_heads: int
+) -> None:
+    """Over slices of one merged output, to the bit, and beside slots that stay as they were."""
+    widths = [heads * 128, kv_heads * 128, kv_heads * 128]
+    merged = randn(num_rows, sum(widths), dtype=dtype)
+    query, key, value = (part.unflatten(1, (-1, 128)) for part in merged.split(widths, 1))
+    before = merged.clone()
+    cos, sin = random_turns(num_rows, 128, dtype, DEVICE)
 
     def rotated(rows: Tensor) -> Tensor:
         left, right = rows.chunk(2, -1)
         return rows * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
 
-    expected, expected_key = rotated(query), rotated(key)
-    keys, values = (torch.zeros(8, 16, 4, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    slots = torch.randperm(128, device=DEVICE)[:33]
-    rotate_and_store(query, key, value, cos, sin, slots, keys, values)
-    assert torch.equal(query, expected)
-    assert torch.equal(keys.flatten(0, 1)[slots], expected_key)
-    assert torch.equal(values.flatten(0, 1)[slots], value)
+    shape = (num_rows // 16 + 2, 16, kv_heads, 128)
+    keys, values = (torch.full(shape, 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    slots = torch.randperm(shape[0] * 16, device=DEVICE)[:num_rows]
+    slots[::5] = -1
+    used = slots >= 0
+    rotary = Rotary(cos, sin)
+    found = rotate_and_store(query, key, value, rotary.cos, rotary.sin, slots, keys, values)
+    assert torch.equal(found, rotated(query)) and torch.equal(found, rotary(query))
+    flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
+    assert torch.equal(flat_keys[slots[used]], rotated(key)[used])
+    assert torch.equal(flat_values[slots[used]], value[used])
+    flat_keys[slots[used]], flat_values[slots[used]] = 7.0, 7.0
+    assert (keys == 7.0).all() and (values == 7.0).all()
+    assert torch.equal(merged, before)
+
+
+@pytest.mark.parametrize(
+    "segments", [((1, 700), (1, 33)), ((1, 40), (19, 19), (5, 300))], ids=["decodes", "mixed"]
+)
+def test_a_step_rotates_stores_and_attends_as_torchs_does(segments: Segments) -> None:
+    """The 7B's heads, through both whole implementations."""
+    trial = try_attention(None, (segments,), Heads(28, 4, 128), torch.bfloat16, DEVICE)
+    assert [error_of(found, expected) <= 1 for _, found, expected in trial] == [True] * 3

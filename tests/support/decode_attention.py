@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from base.attention import AttentionPlan, LayerAttention, PlanTensors, plan_tensors
+from base.rotary import Rotary
 from base.torch_attention import TorchAttention
 
 
@@ -52,8 +53,11 @@ class PlainDecodes:
         self._keys, self._values = key_cache, value_cache
         self._lengths = lengths
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, scaling: float
+    ) -> Tensor:
         """A key that is none is the row's first one, under a mask: what others left in a block is not read."""
+        query, key = rotary(query), rotary(key)
         keys, values = self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1)
         keys.index_copy_(0, self._tensors.slot_mapping, key)
         values.index_copy_(0, self._tensors.slot_mapping, value)

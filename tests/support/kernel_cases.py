@@ -182,14 +182,18 @@ def _attention(kind: str) -> Iterator[Case]:
             {**common, "SPLITS": splits},
             warps=1,
         )
-    yield Case(
-        attention.rotate_store,
-        f"{kind} heads of 128",
-        {
-            "q_ptr": x, "k_ptr": x, "v_ptr": x, "cos_ptr": x, "sin_ptr": x, "slots_ptr": "*i64", "keys_ptr": x,
-            "values_ptr": x, "num_heads": SCALAR, "num_kv_heads": SCALAR, "stride_q": SCALAR, "stride_k": SCALAR,
-            "stride_v": SCALAR,
-        },
-        common,
-        warps=1,
-    )  # fmt: skip
+    for heads, tile, kv_heads in ((16, 16, 2), (28, 32, 4)):
+        row = (heads + 2 * kv_heads) * 128
+        yield Case(
+            attention.rotate_store,
+            f"{kind} {heads} and {kv_heads} heads of 128",
+            {
+                "out_ptr": x, "q_ptr": x, "k_ptr": x, "v_ptr": x, "cos_ptr": x, "sin_ptr": x, "slots_ptr": "*i64",
+                "keys_ptr": x, "values_ptr": x,
+            },
+            {
+                **common, "STRIDE_Q": row, "STRIDE_K": row, "STRIDE_V": row, "NUM_HEADS": heads,
+                "NUM_KV_HEADS": kv_heads, "TILE": tile, "KV_TILE": kv_heads,
+            },
+            fuses=False,
+        )  # fmt: skip

@@ -2,7 +2,8 @@
 
 ``attend`` takes the query heads of one key-value head as one tile of 16 rows, so that keys are read once for all of
 them, and one split of the keys, as long as the device says; ``join`` adds the splits in their order. ``rotate_store``
-turns a step's queries and keys by their positions and writes keys and values to their places in the cache.
+turns a step's queries and keys by their positions and writes keys and values to their places in the cache; nothing that
+it reads is changed.
 
 Lengths, block tables and places are read on the device, so that a captured graph follows them.
 """
@@ -144,69 +145,70 @@ def join(
 
 @triton.jit
 def rotate_store(
-    q_ptr,  # [T, heads, DIM], changed in place
-    k_ptr,  # [T, kv_heads, DIM], changed in place
-    v_ptr,  # [T, kv_heads, DIM]
+    out_ptr,  # [T, NUM_HEADS, DIM]: the queries, rotated
+    q_ptr,  # rows of NUM_HEADS * DIM, STRIDE_Q apart
+    k_ptr,  # rows of NUM_KV_HEADS * DIM
+    v_ptr,
     cos_ptr,  # [T, DIM]
-    sin_ptr,  # [T, DIM]
+    sin_ptr,  # [T, DIM], the first half negative
     slots_ptr,  # [T] int64: the place in the cache; -1 for a row that is not used
-    keys_ptr,  # [slots, kv_heads, DIM]
+    keys_ptr,  # [slots, NUM_KV_HEADS, DIM]
     values_ptr,
-    num_heads,
-    num_kv_heads,
-    stride_q,
-    stride_k,
-    stride_v,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    TILE: tl.constexpr,  # NUM_HEADS and NUM_KV_HEADS, rounded up to powers of 2
+    KV_TILE: tl.constexpr,
     DIM: tl.constexpr,
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (T, heads + 2 * kv_heads). Rounds where transformers' apply_rotary_pos_emb does."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    half = tl.arange(0, DIM // 2)
-    slot = tl.load(slots_ptr + row)
-    if head < num_heads:
-        _rotate(q_ptr + row * stride_q + head * DIM, row, half, cos_ptr, sin_ptr, DIM, DTYPE, UPCAST)
-    elif head < num_heads + num_kv_heads:
-        kv_head = head - num_heads
-        source = k_ptr + row * stride_k + kv_head * DIM
-        left, right = _rotate(source, row, half, cos_ptr, sin_ptr, DIM, DTYPE, UPCAST)
-        target = keys_ptr + (slot * num_kv_heads + kv_head) * DIM + half
-        is_half = half < tl.where(slot >= 0, DIM // 2, 0)
-        tl.store(target, left, mask=is_half)
-        tl.store(target + DIM // 2, right, mask=is_half)
+    """Grid (T, 3): a row's queries, its keys, its values. Rounds where transformers' apply_rotary_pos_emb does."""
+    row, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cos_row, sin_row = cos_ptr + row * DIM, sin_ptr + row * DIM
+    if kind == 0:
+        target = out_ptr + row * (NUM_HEADS * DIM)
+        _rotate(q_ptr + row * STRIDE_Q, target, cos_row, sin_row, NUM_HEADS, TILE, DIM, DTYPE, UPCAST)
     else:
-        kv_head = head - num_heads - num_kv_heads
-        dims = tl.arange(0, DIM)
-        value = tl.load(v_ptr + row * stride_v + kv_head * DIM + dims)
-        is_dim = dims < tl.where(slot >= 0, DIM, 0)
-        tl.store(values_ptr + (slot * num_kv_heads + kv_head) * DIM + dims, value, mask=is_dim)
+        slot = tl.load(slots_ptr + row)
+        if slot >= 0:
+            place = slot * (NUM_KV_HEADS * DIM)
+            if kind == 1:
+                _rotate(
+                    k_ptr + row * STRIDE_K, keys_ptr + place, cos_row, sin_row,
+                    NUM_KV_HEADS, KV_TILE, DIM, DTYPE, UPCAST,
+                )  # fmt: skip
+            else:
+                numbers = tl.arange(0, KV_TILE * DIM)
+                is_number = numbers < NUM_KV_HEADS * DIM
+                value = tl.load(v_ptr + row * STRIDE_V + numbers, mask=is_number)
+                tl.store(values_ptr + place + numbers, value, mask=is_number)
 
 
 @triton.jit
 def _rotate(
-    head_ptr, row, half, cos_ptr, sin_ptr, DIM: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
-):
-    """One head turned in place: x * cos + rotate_half(x) * sin, every product and sum rounded to DTYPE."""
-    left = tl.load(head_ptr + half).to(tl.float32)
-    right = tl.load(head_ptr + DIM // 2 + half).to(tl.float32)
-    turn = row * DIM + half
-    cos_left, cos_right = _pair(cos_ptr + turn, DIM)
-    sin_left, sin_right = _pair(sin_ptr + turn, DIM)
-    new_left = rounded(
-        _times(left, cos_left, DTYPE, UPCAST) - _times(right, sin_left, DTYPE, UPCAST), DTYPE, UPCAST
-    )
-    new_right = rounded(
-        _times(right, cos_right, DTYPE, UPCAST) + _times(left, sin_right, DTYPE, UPCAST), DTYPE, UPCAST
-    )
-    tl.store(head_ptr + half, new_left)
-    tl.store(head_ptr + DIM // 2 + half, new_right)
-    return new_left, new_right
+    source, target, cos_row, sin_row,
+    NUM: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """NUM heads of a row: x * cos + x with its halves swapped * sin, every product and sum rounded to DTYPE."""
+    heads, half = tl.arange(0, TILE), tl.arange(0, DIM // 2)
+    is_head = (heads < NUM)[:, None]
+    places = heads[:, None] * DIM + half[None, :]
+    left = tl.load(source + places, mask=is_head, other=0.0).to(tl.float32)
+    right = tl.load(source + places + DIM // 2, mask=is_head, other=0.0).to(tl.float32)
+    cos_left, cos_right = _halves(cos_row + half, DIM)
+    sin_left, sin_right = _halves(sin_row + half, DIM)
+    new_left = _times(left, cos_left, DTYPE, UPCAST) + _times(right, sin_left, DTYPE, UPCAST)
+    new_right = _times(right, cos_right, DTYPE, UPCAST) + _times(left, sin_right, DTYPE, UPCAST)
+    tl.store(target + places, rounded(new_left, DTYPE, UPCAST), mask=is_head)
+    tl.store(target + places + DIM // 2, rounded(new_right, DTYPE, UPCAST), mask=is_head)
 
 
 @triton.jit
-def _pair(ptr, DIM: tl.constexpr):
-    return tl.load(ptr).to(tl.float32), tl.load(ptr + DIM // 2).to(tl.float32)
+def _halves(ptr, DIM: tl.constexpr):
+    return tl.load(ptr).to(tl.float32)[None, :], tl.load(ptr + DIM // 2).to(tl.float32)[None, :]
 
 
 @triton.jit
