@@ -6,15 +6,16 @@ request's way: none; once, at start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from adapters.layer import is_four_bit
+from adapters.layer import merged_sites, rounding_of
 from adapters.ops.launch import SHORT_ROWS
-from adapters.ops.torch_ops import Rounding, add_lora
+from adapters.ops.site_group import SiteGroup, torch_adder
+from adapters.ops.torch_ops import Rounding
 from adapters.routing import Routing
 from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
@@ -39,33 +40,43 @@ def try_lora(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What was computed, by Triton, and by batched products: [T, out] in ``dtype``, one site of each kind, each step.
+    """What was computed, by Triton, and by batched products: [T, out] in ``dtype``, one linear of each kind, each step.
 
     ``module`` has no adapters attached. Raises what a kernel raises.
     """
-    roundings = {
-        name: Rounding.DELTA if is_four_bit(module.get_submodule(name)) else Rounding.SUM for name in sites
-    }
-    biased = {name: getattr(module.get_submodule(name), "bias", None) is not None for name in sites}
-    kinds = {
-        (site.in_features, site.out_features, roundings[name], biased[name]): (name, site)
-        for name, site in reversed(list(sites.items()))
-    }
-    chosen = dict(reversed(kinds.values()))
+    linears = reversed(_linears(module, sites))
+    kinds = {_kind(module.get_submodule(name), members): (name, members) for name, members in linears}
+    chosen = {site.name: site for _, members in kinds.values() for site in members}
     bank = _bank(chosen, max_rank, bank_dtype, device)
     triton, routing = TritonLora(chosen, bank), Routing(device)
+    groups = {}
+    for (_, widths, rounding, is_biased), (name, members) in kinds.items():
+        bias = _numbers(3, sum(widths)).to(device, dtype) if is_biased else None
+        groups[name] = SiteGroup(tuple(bank.shelf(site.name) for site in members), rounding, bias)
     for segments in STEPS:
         routing.fill(segments)
-        for name, site in chosen.items():
-            x, y = (_numbers(2, routing.num_rows, width).to(device, dtype) for width in _widths(site))
-            bias = _numbers(3, site.out_features).to(device, dtype) if biased[name] else None
-            shelf, rounding = bank.shelf(name), roundings[name]
-            plan = routing.plan(shelf.layout)
-            if plan is None:
+        for name, group in groups.items():
+            num_in, num_out = group.shelves[0].site.in_features, group.columns[-1][1]
+            x, y = (_numbers(2, routing.num_rows, width).to(device, dtype) for width in (num_in, num_out))
+            found, expected = y.clone(), y.clone()
+            triton.adder(group)(found, x, routing)
+            torch_adder(group)(expected, x, routing)
+            if torch.equal(expected, y):
                 raise ValueError(f"the trial's adapters leave {name} alone")
-            found = triton.add(y.clone(), x, triton.linear([name], rounding), routing, bias)
-            expected = add_lora(y, x, plan, shelf.pages, shelf.scale, bias, rounding)
             yield f"{name} over {routing.num_rows} rows", found, expected
+
+
+def _linears(module: nn.Module, sites: SiteTable) -> list[tuple[str, list[Site]]]:
+    """Those that are computed when serving: the merged ones, and of the others each."""
+    merged = list(merged_sites(module, sites))
+    parts = {site.name for _, members in merged for site in members}
+    return [*merged, *((name, [site]) for name, site in sites.items() if name not in parts)]
+
+
+def _kind(linear: nn.Module, members: Sequence[Site]) -> tuple[int, tuple[int, ...], Rounding, bool]:
+    """Linears of one kind are computed alike: by input, widths, rounding, and whether there is a bias."""
+    widths = tuple(site.out_features for site in members)
+    return members[0].in_features, widths, rounding_of(linear), getattr(linear, "bias", None) is not None
 
 
 def _bank(sites: Mapping[str, Site], max_rank: int, dtype: torch.dtype, device: torch.device) -> SlotBank:
@@ -87,10 +98,6 @@ def _adapter(sites: Mapping[str, Site], rank: int, seed: int, *, is_dora: bool) 
         magnitude = _numbers(30 + seed, site.out_features).abs() * site.in_features**0.5 if is_dora else None
         made[name] = SiteWeights(a, b, magnitude)
     return AdapterWeights(made, sum(one.num_bytes for one in made.values()), rank, f"trial-{seed}")
-
-
-def _widths(site: Site) -> tuple[int, int]:
-    return site.in_features, site.out_features
 
 
 def _numbers(seed: int, *shape: int) -> Tensor:

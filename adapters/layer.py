@@ -1,20 +1,23 @@
 """MultiLoraLinear: a linear of the base with every slot's adapter beside it, and ``attach``, which puts them in place.
 
-Owns no numbers: the base's linear, the bank's shelf and the routing are given at construction. Rows of base-only
+Owns no numbers: the base's linear, the bank's shelves and the routing are given at construction. Rows of base-only
 requests and of adapters that leave this site alone come out as the base's own bits.
+
+A linear that the base has merged (q, k and v; gate and up) has the sites of its parts, and their adapters are added
+together. The parts, which remain under their own names for the references, are wrapped each on its own.
 
 Place in a request's way: step 8, inside the language model and the vision tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from adapters.ops.torch_ops import Rounding, add_lora
-from adapters.ops.triton_ops import TritonLinear
+from adapters.ops.site_group import Adder, SiteGroup, torch_adder
+from adapters.ops.torch_ops import Rounding
 from adapters.routing import Routing, RoutingSet
 from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
@@ -25,17 +28,23 @@ class MultiLoraLinear(nn.Module):
     """``base``, wrapped. Looks like a linear to those who ask for ``weight``, ``bias`` or widths."""
 
     def __init__(
-        self, base: nn.Module, site: Site, bank: SlotBank, routing: Routing, triton: TritonLora | None = None
+        self,
+        base: nn.Module,
+        sites: Sequence[Site],
+        bank: SlotBank,
+        routing: Routing,
+        adder: Adder = torch_adder,
     ) -> None:
-        """triton: computes the adapters' part instead of batched products."""
+        """sites: those of the base's columns, in order; one, unless the base is merged. adder: whose sums are added."""
         super().__init__()
         self.base = base
-        self.site = site
-        self._shelf = bank.shelf(site.name)
+        self.sites = tuple(sites)
+        self.in_features = sites[0].in_features
+        self.out_features = sum(site.out_features for site in sites)
         self._routing = routing
-        self._rounding = Rounding.DELTA if is_four_bit(base) else Rounding.SUM
-        self._triton = triton
-        self._kernels = None if triton is None else triton.linear([site.name], self._rounding)
+        shelves = tuple(bank.shelf(site.name) for site in sites)
+        self.group = SiteGroup(shelves, rounding_of(base), self.bias)
+        self._add = adder(self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], the base's dtype.
@@ -43,40 +52,16 @@ class MultiLoraLinear(nn.Module):
         Raises ValueError if x has another number of rows than the routing was filled with.
         """
         y: Tensor = self.base(x)
-        if self._routing.is_base_only:
-            return y
-        if self._triton is not None and self._kernels is not None:
-            return self._add_by_triton(y, x, self._triton, self._kernels)
-        shelf = self._shelf
-        plan = self._routing.plan(shelf.layout)
-        if plan is None:
+        routing = self._routing
+        if routing.is_base_only:
             return y
         flat_y = y.reshape(-1, y.shape[-1])
-        if plan.num_rows != flat_y.shape[0]:
-            raise ValueError(f"{self.site.name} got {flat_y.shape[0]} rows, and routing for {plan.num_rows}")
-        flat_x = x.reshape(-1, x.shape[-1])
-        # only DoRA asks for the bias, and to look it up takes time
-        bias = None if shelf.scale is None else self.bias
-        result = add_lora(flat_y, flat_x, plan, shelf.pages, shelf.scale, bias, self._rounding)
-        return result.view(y.shape)
-
-    def _add_by_triton(self, y: Tensor, x: Tensor, triton: TritonLora, kernels: TritonLinear) -> Tensor:
-        if triton.is_idle(self._shelf, self._routing):
-            return y
-        flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if flat_y.shape[0] != self._routing.num_rows:
+        if flat_y.shape[0] != routing.num_rows:
             raise ValueError(
-                f"{self.site.name} got {flat_y.shape[0]} rows, and routing for {self._routing.num_rows}"
+                f"{self.group.name} got {flat_y.shape[0]} rows, and routing for {routing.num_rows}"
             )
-        return triton.add(flat_y, flat_x.contiguous(), kernels, self._routing, self.bias).view(y.shape)
-
-    @property
-    def in_features(self) -> int:
-        return self.site.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.site.out_features
+        self._add(flat_y, x.reshape(-1, x.shape[-1]), routing)
+        return flat_y.view(y.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -93,9 +78,31 @@ class MultiLoraLinear(nn.Module):
         return bias
 
 
+def rounding_of(base: nn.Module) -> Rounding:
+    """How PEFT rounds around it."""
+    return Rounding.DELTA if is_four_bit(base) else Rounding.SUM
+
+
 def is_four_bit(base: nn.Module) -> bool:
     """Whether the linear's weight came through 4-bit quantisation, whichever way it is computed now."""
     return bool(getattr(base, "is_quantised", False)) or type(base).__name__ == "Linear4bit"
+
+
+def merged_sites(module: nn.Module, sites: SiteTable) -> Iterator[tuple[str, list[Site]]]:
+    """The name of each merged linear with sites, told by its ``part_names``, and these in their columns' order.
+
+    Raises ValueError for one of which only some parts are sites: their adapters would be lost on whoever calls it.
+    """
+    for name, child in module.named_modules():
+        part_names = getattr(child, "part_names", None)
+        if isinstance(part_names, tuple):
+            prefix = name[: name.rfind(".") + 1]
+            names = [prefix + str(part) for part in part_names]
+            unknown = [one for one in names if one not in sites]
+            if not unknown:
+                yield name, [sites[one] for one in names]
+            elif len(unknown) < len(names):
+                raise ValueError(f"{name} is merged of sites and others, such as {unknown[0]}")
 
 
 def attach(
@@ -107,23 +114,26 @@ def attach(
     *,
     is_triton: bool | None = None,
 ) -> TritonLora | None:
-    """Wrap every site of ``module`` in place, and give the bank the base's weights for DoRA.
+    """Wrap every site of ``module`` and every merged linear in place, and give the bank the base's weights for DoRA.
 
     base_weight turns a linear of the base into its weight, [out, in] of any float dtype, dequantised and unpacked; it
     is called from the mover's threads and must only read. is_triton: whether Triton computes the adapters; by default
     where it suits the bank's device. Returns what must be prepared before a captured graph is replayed, or None where
-    plain torch computes. Raises ValueError, and changes nothing, if adapters are
-    attached already.
+    plain torch computes. Raises ValueError, and changes nothing, if adapters are attached already, or if a part of a
+    merged linear is no site.
     """
     bases = {name: module.get_submodule(name) for name in sites}
     attached = next((name for name, base in bases.items() if isinstance(base, MultiLoraLinear)), None)
     if attached is not None:
         raise ValueError(f"adapters are attached to this model already (at {attached}); detach them first")
+    groups = dict(merged_sites(module, sites))
     if is_triton is None:
         is_triton = suits(bank.device)
     triton = TritonLora(sites, bank) if is_triton else None
-    for name, site in sites.items():
-        _replace(module, name, MultiLoraLinear(bases[name], site, bank, routing.of(site.part), triton))
+    adder = torch_adder if triton is None else triton.adder
+    for name, members in [*((name, [site]) for name, site in sites.items()), *groups.items()]:
+        base = module.get_submodule(name)
+        _replace(module, name, MultiLoraLinear(base, members, bank, routing.of(members[0].part), adder))
 
     @torch.no_grad()
     def weight_of(name: str) -> Tensor:

@@ -20,12 +20,13 @@ from torch import Tensor
 from adapters.composition import RANK_FACTOR
 from adapters.ops.entries import DeviceTable
 from adapters.ops.launch import SHORT_ROWS
+from adapters.ops.site_group import Add, SiteGroup
 from adapters.ops.tiles import LONG_TILE, SHORT_TILE, TileTable
 from adapters.ops.torch_ops import Rounding
 from adapters.ops.triton_ops import TritonLinear, add_lora, has_triton
 from adapters.routing import Routing
 from adapters.sites import SiteTable
-from adapters.slots import Layout, Shelf, SlotBank, page_rank
+from adapters.slots import Layout, SlotBank, page_rank
 
 MIN_ROWS: Final = 16
 
@@ -60,15 +61,26 @@ class TritonLora:
         tiles = self._steps.setdefault(routing, _Tiles(self._bank))
         return tiles.follow(routing)
 
-    def is_idle(self, shelf: Shelf, routing: Routing) -> bool:
-        """Whether nothing need be computed at a site. While a graph is captured never: who comes later must count."""
-        return not shelf.pages and not routing.is_open
+    def adder(self, group: SiteGroup) -> Add:
+        """An ``Adder``: one shrink and one expand for all sites of the group."""
+        linear = self.linear([shelf.site.name for shelf in group.shelves], group.rounding)
+
+        def add(y: Tensor, x: Tensor, routing: Routing) -> None:
+            if not _is_idle(group, routing):
+                self.add(y, x.contiguous(), linear, routing, group.bias)
+
+        return add
 
     def add(
         self, y: Tensor, x: Tensor, linear: TritonLinear, routing: Routing, bias: Tensor | None
     ) -> Tensor:
         """y [T, out], the base's output for x [T, in], with this step's adapters added in place; returns y."""
         return add_lora(y, x, linear, self.prepare(routing), bias)
+
+
+def _is_idle(group: SiteGroup, routing: Routing) -> bool:
+    """Whether nothing need be computed there. While a graph is captured never: who comes later must count."""
+    return not routing.is_open and not any(shelf.pages for shelf in group.shelves)
 
 
 class _Tiles:

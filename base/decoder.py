@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from base.attention import AttentionPlan, LayerAttention, PagedAttention
 from base.children import child
+from base.merged_linear import Projection
 from base.norm import Norm
 from base.rotary import Rotary
 
@@ -36,6 +37,8 @@ class DecoderLayer:
         self._index = index
         self._attention = module.get_submodule("self_attn")._modules
         self._mlp = module.get_submodule("mlp")._modules
+        self._qkv = Projection(module.get_submodule("self_attn"), "qkv_proj")
+        self._gate_up = Projection(module.get_submodule("mlp"), "gate_up_proj")
         self._norm_before_attention = Norm(module.get_submodule("input_layernorm"))
         self._norm_before_mlp = Norm(module.get_submodule("post_attention_layernorm"))
         self._head_dim = head_dim
@@ -48,17 +51,13 @@ class DecoderLayer:
 
     def _attend(self, x: Tensor, rotary: Rotary, attend: LayerAttention) -> Tensor:
         heads = (x.shape[0], -1, self._head_dim)
-        project = self._attention
-        query = child(project, "q_proj")(x).view(heads)
-        key = child(project, "k_proj")(x).view(heads)
-        value = child(project, "v_proj")(x).view(heads)
+        query, key, value = (part.view(heads) for part in self._qkv(x))
         attended = attend(self._index, query, key, value, rotary, self._scaling)
-        return child(project, "o_proj")(attended.flatten(1))
+        return child(self._attention, "o_proj")(attended.flatten(1))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        mlp = self._mlp
-        gate = child(mlp, "act_fn")(child(mlp, "gate_proj")(x))
-        return child(mlp, "down_proj")(gate.mul_(child(mlp, "up_proj")(x)))
+        gate, up = self._gate_up(x)
+        return child(self._mlp, "down_proj")(child(self._mlp, "act_fn")(gate).mul_(up))
 
 
 class Decoder:

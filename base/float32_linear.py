@@ -61,9 +61,10 @@ class Float32Linear(nn.Module):
     def num_bytes(self) -> int:
         return 4 * (self.out_features * self.in_features + (0 if self._bias is None else self.out_features))
 
-    def dequantised_weight(self) -> Tensor:
-        """[out, in] float32, a new tensor with the values that were given."""
-        return self._packed.to_dense()
+    def dequantised_weight(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[out, in] float32, a new tensor with the values that were given; or of the outputs from start to stop."""
+        dense = self._packed.to_dense()
+        return dense if (start, stop) == (0, None) else dense[start:stop].clone()
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(

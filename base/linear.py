@@ -6,7 +6,7 @@ and multiplies from 4 bits, with block scales rounded to bfloat16 (0.3 % apart).
 "dequantised": the unpacked way's own weight, kept; equal to it to the bit, several times faster for few rows, at
 2 bytes a parameter; and "float32": the same weight widened (base/float32_linear.py), at 4 bytes, for CPUs that only
 imitate bfloat16 products. There the linears that never had 4 bits (the head, the vision tower) gain as much, so they
-follow.
+follow, and those of one input are merged (base/merged_linear.py), since that changes no bit there.
 
 Owns: that choice. Place in a request's way: none; once, at load (the linears themselves run in step 8).
 """
@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from base.config import CpuLinear
 from base.float32_linear import Float32Linear, has_float32_product
+from base.merged_linear import LinearPart, groups, put
 from base.ops.nf4_linear import Nf4Linear
 
 DEQUANTISED_BYTES_LIMIT: Final = 2 << 30
@@ -105,7 +106,7 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
     Takes what the loader leaves (on any device) and plain linears. Raises TypeError for anything else, and ValueError
     for a 4-bit linear that was packed without us, whose weight can be had only roughly.
     """
-    if isinstance(linear, PackedLinear | Float32Linear | Nf4Linear):
+    if isinstance(linear, PackedLinear | Float32Linear | Nf4Linear | LinearPart):
         return linear.dequantised_weight().float()
     if isinstance(linear, Linear4bit):
         state = quant_state(linear)
@@ -129,8 +130,10 @@ def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
         how = _choose(module, names)
     if how == "float32" and not has_float32_product():
         raise ValueError("this build of torch has no oneDNN: cpu_linear float32 is not to be had")
+    num_plain = len(_plain_names(module)) if how == "float32" else 0
     settled = Counter(_settle(module, name, how) for name in names)
-    num_plain = _widen_plain_linears(module) if how == "float32" else 0
+    if how == "float32":
+        _keep_in_float32(module)
     logger.info(
         "base.cpu_linears %s plain_in_float32=%d",
         " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0",
@@ -161,12 +164,9 @@ def _settle(module: nn.Module, name: str, how: CpuLinear) -> CpuLinear:
     linear.support_avx512bf16_for_cpu = False
     if how == "dequantised":
         module.set_submodule(name, _dequantised(linear))
-    elif how == "float32":
-        kept = _dequantised(linear)
-        module.set_submodule(name, Float32Linear(kept.weight, kept.bias, is_quantised=True))
     elif how == "packed" and can_pack(linear):
         module.set_submodule(name, PackedLinear(linear))
-    else:
+    elif how != "float32":  # that comes next, for all linears at once
         return "unpacked"
     return how
 
@@ -180,14 +180,24 @@ def _plain_names(module: nn.Module) -> list[str]:
     ]
 
 
-def _widen_plain_linears(module: nn.Module) -> int:
-    """Put a Float32Linear in the place of each; a head that shares the embeddings leaves them as they are."""
-    names = _plain_names(module)
-    for name in names:
-        linear = module.get_submodule(name)
-        if isinstance(linear, nn.Linear):
-            module.set_submodule(name, Float32Linear(linear.weight, linear.bias, is_quantised=False))
-    return len(names)
+def _keep_in_float32(module: nn.Module) -> None:
+    """A Float32Linear in the place of each linear, or of those of one input. A head that shares the embeddings leaves
+    them as they are."""
+    linears = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    for names in groups(linears):
+        put(module, names, _side_by_side([linears.pop(name) for name in names]))
+
+
+def _side_by_side(linears: Sequence[nn.Linear]) -> Float32Linear:
+    """All 4-bit or all plain, all or none with a bias."""
+    dense = [_dequantised(one) if isinstance(one, Linear4bit) else one for one in linears]
+    weights: list[Tensor] = [one.weight for one in dense]
+    biases: list[Tensor] = [one.bias for one in dense if one.bias is not None]
+    return Float32Linear(
+        weights[0] if len(weights) == 1 else torch.cat(weights),
+        torch.cat(biases) if biases else None,
+        is_quantised=isinstance(linears[0], Linear4bit),
+    )
 
 
 def quant_state(linear: Linear4bit) -> QuantState:

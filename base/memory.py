@@ -11,14 +11,15 @@ from base.float32_linear import Float32Linear
 from base.linear import PackedLinear, quant_state
 from base.ops.nf4_linear import Nf4Linear
 
-PARTS = ("language_4bit", "language", "embeddings", "vision", "head", "other")
+PARTS = ("language_4bit", "language", "embeddings", "vision", "head", "copies", "other")
 
 
 def memory_by_part(module: nn.Module) -> dict[str, int]:
     """Bytes by part, in the order of ``PARTS``; storage that two names share is counted at the first.
 
     ``language_4bit``: linears held in 4 bits, their scales included. ``language``: the other linears of the language
-    layers (dequantised copies on a CPU). ``head`` is 0 when it shares the embeddings.
+    layers (dequantised copies on a CPU). ``head`` is 0 when it shares the embeddings. ``copies``: the room in which
+    4-bit weights are dequantised ahead of prompts' products (CUDA).
     """
     totals = dict.fromkeys(PARTS, 0)
     seen: set[int] = set()
@@ -27,6 +28,11 @@ def memory_by_part(module: nn.Module) -> dict[str, int]:
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 totals[_part(name, child)] += tensor.numel() * tensor.element_size()
+        if isinstance(child, Nf4Linear):
+            for tensor in child.copy_buffers:
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    totals["copies"] += tensor.nbytes
         if isinstance(child, Float32Linear):  # its tensors have no storage to see
             totals[_part(name, child)] += child.num_bytes
     return totals

@@ -77,7 +77,7 @@ class BaseModel:
         """Whose kernels compute what (``linear``, ``attention``, ``prompts``); empty where there was no choice."""
         self.memory_by_part = dict(memory_by_part)
         """Bytes of ``language_4bit``, ``language`` (16-bit, CPU copies included), ``embeddings``, ``vision``,
-        ``head`` (0 when tied) and ``other``."""
+        ``head`` (0 when tied), ``copies`` (4-bit weights dequantised ahead, CUDA) and ``other``."""
 
     @property
     def device(self) -> torch.device:

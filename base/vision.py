@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from base.children import child
+from base.merged_linear import Projection
 from base.norm import Norm
 from base.prompt import Grid
 from base.windows import Spans, lay_out
@@ -34,6 +35,7 @@ class VisionBlock:
     def __init__(self, module: nn.Module, num_heads: int) -> None:
         self._attention = module.get_submodule("attn")._modules
         self._mlp = module.get_submodule("mlp")._modules
+        self._gate_up = Projection(module.get_submodule("mlp"), "gate_up_proj")
         self._norm_before_attention = Norm(module.get_submodule("norm1"))
         self._norm_before_mlp = Norm(module.get_submodule("norm2"))
         self._num_heads = num_heads
@@ -41,9 +43,8 @@ class VisionBlock:
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, spans: Sequence[Spans]) -> Tensor:
         """hidden [P, H], cos and sin [P, 1, D] float32 -> a new [P, H]."""
         hidden = self._attend(self._norm_before_attention(hidden), cos, sin, spans).add_(hidden)
-        x, mlp = self._norm_before_mlp(hidden), self._mlp
-        gated = child(mlp, "act_fn")(child(mlp, "gate_proj")(x)).mul_(child(mlp, "up_proj")(x))
-        return child(mlp, "down_proj")(gated).add_(hidden)
+        gate, up = self._gate_up(self._norm_before_mlp(hidden))
+        return child(self._mlp, "down_proj")(child(self._mlp, "act_fn")(gate).mul_(up)).add_(hidden)
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Sequence[Spans]) -> Tensor:
         heads = child(self._attention, "qkv")(x).view(x.shape[0], 3, self._num_heads, -1)

@@ -29,7 +29,7 @@ LIVE_WIDE = 3
 LOGIT_COPIES = 3
 """[L, V] float32 tensors alive while sampling: logits, their logarithms or sorted values, one for the next."""
 WEIGHT_COPIES = 2
-"""Widest linears in 16 bits at once: one in use, and the next one, dequantised behind it."""
+"""Widest linears in 16 bits at once, where 4-bit ones are dequantised to be multiplied: gate and up, merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ def plan_memory(
         "adapter slots": config.device_adapter_bytes
         or bank_bytes(sites, config.num_slots, config.max_rank, slot_dtype.itemsize),
         "image cache": config.vision_cache_bytes,
-        "one step": step_bytes(config, base.spec, sites, base.dtype.itemsize),
+        "one step": step_bytes(config, base.spec, sites, base.dtype.itemsize)
+        + (0 if base.memory_by_part["copies"] else copy_bytes(sites)),
         "probe": num_probe_blocks * block_bytes,
         **({"graphs": graph_bytes} if graph_bytes else {}),
         "outside": device.outside_bytes,
@@ -104,8 +105,13 @@ def step_bytes(config: EngineConfig, spec: BaseSpec, sites: SiteTable, itemsize:
         config.max_running, config.max_batch_tokens
     )  # every row of a prompt with log-probabilities
     logits_bytes = logit_rows * spec.vocab_size * 4 * LOGIT_COPIES
-    weights = max((site.in_features * site.out_features for site in language), default=0)
-    return max(language_bytes + logits_bytes, vision_bytes) + WEIGHT_COPIES * weights * 2
+    return max(language_bytes + logits_bytes, vision_bytes)
+
+
+def copy_bytes(sites: SiteTable) -> int:
+    """The 16-bit copies of 4-bit weights that a step makes, where the base does not hold the room for them already."""
+    weights = (site.in_features * site.out_features for site in sites.values() if site.part == "language")
+    return WEIGHT_COPIES * max(weights, default=0) * 2
 
 
 def device_memory(device: torch.device, base_bytes: int) -> DeviceMemory:

@@ -33,38 +33,38 @@ class Rounding(StrEnum):
     SUM = "sum"  # after it was added in the wider dtype: beside a plain linear
 
 
+def pad_rows(x: Tensor, plan: RoutePlan, dtype: torch.dtype) -> Tensor:
+    """x [T, in] -> [P, in] in the bank's dtype: the plan's padded rows, for all sites that have this input and plan."""
+    return (x if plan.gather is None else x.index_select(0, plan.gather)).to(dtype)
+
+
 def add_lora(
     y: Tensor,
-    x: Tensor,
+    padded: Tensor,
     plan: RoutePlan,
     pages: Mapping[int, Pages],
     scale: Tensor | None,
     bias: Tensor | None,
     rounding: Rounding,
 ) -> Tensor:
-    """The base's output with every touched row's adapter applied; other rows keep their bits.
+    """The base's output with every touched row's adapter applied, in place; returns it. Other rows keep their bits.
 
-    y [T, out] is the base's output, may be changed in place, and has the result's dtype; x [T, in] the linear's input;
-    scale [num_slots, out] DoRA's; bias [out] the base's. Returns [T, out], which may share memory with y.
+    y [T, out] is the base's output, rows may lie apart; padded ``pad_rows`` of the linear's input; scale
+    [num_slots, out] DoRA's; bias [out] the base's.
     """
-    delta = _delta(x, plan, pages, y.shape[1])
+    delta = _delta(padded, plan, pages, y.shape[1])
     touched = y if plan.rows is None else y.index_select(0, plan.rows)
-    if plan.num_plain == touched.shape[0]:
-        result = _plain(touched, delta, rounding)
-    else:
-        plain = _plain(touched[: plan.num_plain], delta[: plan.num_plain], rounding)
+    _add_plain(touched[: plan.num_plain], delta[: plan.num_plain], rounding)
+    if plan.num_plain < touched.shape[0]:
         if scale is None:
             raise ValueError("a DoRA slot without a column scale")
         scales = scale.index_select(0, plan.dora_slots)
-        dora = _dora(touched[plan.num_plain :], delta[plan.num_plain :], scales, bias)
-        result = torch.cat([plain, dora])
-    return result if plan.rows is None else y.index_copy_(0, plan.rows, result)
+        _add_dora(touched[plan.num_plain :], delta[plan.num_plain :], scales, bias)
+    return y if plan.rows is None else y.index_copy_(0, plan.rows, touched)
 
 
-def _delta(x: Tensor, plan: RoutePlan, pages: Mapping[int, Pages], num_out: int) -> Tensor:
+def _delta(padded: Tensor, plan: RoutePlan, pages: Mapping[int, Pages], num_out: int) -> Tensor:
     """[N, out] in the bank's dtype: what each touched row's adapter adds."""
-    dtype = pages[plan.groups[0].form.rank].a.dtype
-    padded = (x if plan.gather is None else x.index_select(0, plan.gather)).to(dtype)
     parts = [_product(padded, group, pages[group.form.rank]) for group in plan.groups]
     delta = parts[0] if len(parts) == 1 else torch.cat(parts)
     if plan.valid is not None:
@@ -80,13 +80,14 @@ def _product(padded: Tensor, group: Group, pages: Pages) -> Tensor:
     return torch.bmm(shrunk, pages.b.narrow(0, first, num_slots).mT).flatten(0, 1)
 
 
-def _plain(base: Tensor, delta: Tensor, rounding: Rounding) -> Tensor:
+def _add_plain(base: Tensor, delta: Tensor, rounding: Rounding) -> None:
     if rounding is Rounding.DELTA:
-        return base + delta.to(base.dtype)
-    return (base + delta).to(base.dtype)
+        base.add_(delta.to(base.dtype))
+    else:
+        base.copy_(base + delta)
 
 
-def _dora(base: Tensor, delta: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _add_dora(base: Tensor, delta: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     """PEFT's order: base + ((m - 1) (base - bias) + m delta), m [N, out] float32."""
     unbiased = base if bias is None else base - bias
-    return (base + ((scale - 1) * unbiased + scale * delta)).to(base.dtype)
+    base.copy_(base + ((scale - 1) * unbiased + scale * delta))

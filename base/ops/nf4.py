@@ -12,7 +12,7 @@ Linears that share an input may be laid side by side along their outputs (q, k a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -120,6 +120,17 @@ def side_by_side(weights: Sequence[Nf4Weight]) -> Nf4Weight:
         torch.cat([each.scales for each in weights], 1),
         first.code,
         _outers_side_by_side([each.outer for each in weights if each.outer is not None]),
+    )
+
+
+def outputs(weight: Nf4Weight, start: int, stop: int | None) -> Nf4Weight:
+    """The weight of some of its outputs; new tensors, tables apart."""
+    chosen, outer = slice(start, stop), weight.outer
+    return Nf4Weight(
+        weight.codes[:, chosen].contiguous(),
+        weight.scales[:, chosen].contiguous(),
+        weight.code,
+        None if outer is None else replace(outer, starts=outer.starts[chosen], offsets=outer.offsets[chosen]),
     )
 
 

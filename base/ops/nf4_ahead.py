@@ -29,6 +29,10 @@ class DequantiseAhead:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready = [torch.cuda.Event() for _ in range(2)] if self._stream is not None else []
 
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        return tuple(self._buffers)
+
     def take(self, weight: Nf4Weight) -> Tensor:
         """[N, K] in the dtype, ordered on the current stream; starts on the next weight in order.
 

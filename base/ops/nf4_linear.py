@@ -6,7 +6,7 @@ step 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -16,10 +16,8 @@ from torch.nn import functional
 
 from base.ops import nf4, nf4_ops
 from base.ops.nf4 import Nf4Weight
+from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_launch import FUSED_ROWS
-
-Copies = Callable[[Nf4Weight], Tensor]
-"""Makes a weight's 16-bit copy [N, K], such as ``DequantiseAhead.take``."""
 
 
 class Nf4Linear(nn.Module):
@@ -32,7 +30,7 @@ class Nf4Linear(nn.Module):
         bias: Tensor | None,
         dtype: torch.dtype,
         *,
-        copies: Copies | None = None,
+        copies: DequantiseAhead | None = None,
         fused_rows: int = FUSED_ROWS,
         is_fused: bool | None = None,
     ) -> None:
@@ -48,9 +46,14 @@ class Nf4Linear(nn.Module):
         self.is_fused = weight.codes.is_cuda if is_fused is None else is_fused
         self._copies = copies
 
-    def take_copies_from(self, copies: Copies) -> None:
+    def take_copies_from(self, copies: DequantiseAhead) -> None:
         """It makes the copies for many rows from now on; it knows all of a model's weights, so it comes after them."""
         self._copies = copies
+
+    @property
+    def copy_buffers(self) -> Sequence[Tensor]:
+        """Where it takes its copies from, shared with other linears; none if it makes its own."""
+        return () if self._copies is None else self._copies.buffers
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of ``x``."""
@@ -61,16 +64,13 @@ class Nf4Linear(nn.Module):
             result = functional.linear(rows, self._copy(), self.bias)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def dequantised_weight(self) -> Tensor:
-        """[out, in] in the compute dtype, to the bit bitsandbytes'; a new tensor."""
-        return (
-            nf4_ops.dequantise(self.nf4, self.dtype)
-            if self.is_fused
-            else nf4.dequantise(self.nf4, self.dtype)
-        )
+    def dequantised_weight(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[out, in] in the compute dtype, to the bit bitsandbytes'; or of the outputs from start to stop. New."""
+        weight = self.nf4 if (start, stop) == (0, None) else nf4.outputs(self.nf4, start, stop)
+        return nf4_ops.dequantise(weight, self.dtype) if self.is_fused else nf4.dequantise(weight, self.dtype)
 
     def _copy(self) -> Tensor:
-        return self.dequantised_weight() if self._copies is None else self._copies(self.nf4)
+        return self.dequantised_weight() if self._copies is None else self._copies.take(self.nf4)
 
     def extra_repr(self) -> str:
         return (
@@ -79,7 +79,7 @@ class Nf4Linear(nn.Module):
 
 
 def nf4_linear(
-    linears: Sequence[Linear4bit], *, copies: Copies | None = None, is_fused: bool | None = None
+    linears: Sequence[Linear4bit], *, copies: DequantiseAhead | None = None, is_fused: bool | None = None
 ) -> Nf4Linear:
     """One linear, outputs side by side, of 4-bit linears with the same input (one, or q, k and v, or gate and up).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adapters.layer import MultiLoraLinear
 from adapters.ops.reference import lora_rows
+from adapters.ops.site_group import torch_adder
 from adapters.ops.torch_ops import Rounding
 from adapters.staging import StagedSite
 from tests.support.lora import Bench, make_weights, row_slots
@@ -53,7 +55,7 @@ def test_the_batch_equals_the_plain_loop(segments: Segments, dtype: torch.dtype,
     bench, staged = loaded(384, [RANKS[slot % 5] for slot in range(16)], dora=(1, 4, 6), dtype=dtype)
     layer = bench.module.get_submodule("l")
     assert isinstance(layer, MultiLoraLinear)
-    layer._rounding = rounding
+    layer._add = torch_adder(replace(layer.group, rounding=rounding))
     x = rows(sum(n for n, _ in segments), dtype=dtype)
     base = bench.base("l", x)
     expected = lora_rows(base, x, row_slots(segments), staged, layer.bias, rounding)

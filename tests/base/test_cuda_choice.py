@@ -73,6 +73,7 @@ def test_linears_that_agree_take_bitsandbytes_places_and_their_memory() -> None:
     after = memory_by_part(module)
     assert after["language"] == before["language"]
     # eight bytes a row more, and a table of codes each, shared or not
+    assert after["copies"] == 2 * 2 * 192 * 128  # two of the largest, in 16 bits, however many share them
     assert before["language_4bit"] <= after["language_4bit"] <= before["language_4bit"] + 8 * 288 + 4096
 
 

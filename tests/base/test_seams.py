@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -56,7 +57,8 @@ def test_no_state_is_kept_between_steps(tiny: BaseModel) -> None:
     assert tiny.module.model.rope_deltas is None
 
 
-def test_a_linear_may_be_wrapped_in_place_and_is_found_at_the_next_call(tiny: BaseModel) -> None:
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "down_proj"])
+def test_a_linear_may_be_wrapped_in_place_and_is_found_at_the_next_call(leaf: str, tiny: BaseModel) -> None:
     class Doubling(nn.Module):
         def __init__(self, base: nn.Module) -> None:
             super().__init__()
@@ -68,7 +70,7 @@ def test_a_linear_may_be_wrapped_in_place_and_is_found_at_the_next_call(tiny: Ba
 
     segment = Segment(tiny.embed_tokens(torch.tensor([1, 2])), torch.arange(2).expand(3, 2), (0,), 0)
     (before,) = run(tiny, PagedCache(tiny, 2), [segment])
-    name = "model.language_model.layers.0.mlp.up_proj"
+    name = f"model.language_model.layers.0.mlp.{leaf}"
     linear = tiny.module.get_submodule(name)
     tiny.module.set_submodule(name, Doubling(linear))
     try:

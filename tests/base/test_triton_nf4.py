@@ -166,7 +166,7 @@ def test_copies_made_ahead_are_the_weights_in_any_order() -> None:
     weights = [nf4.lay_out(*source) for source in sources]
     expected = [dequantize_4bit(*source) for source in sources]
     ahead = DequantiseAhead(weights, torch.float16)
-    linears = [Nf4Linear(weight, None, torch.float16, copies=ahead.take, fused_rows=0) for weight in weights]
+    linears = [Nf4Linear(weight, None, torch.float16, copies=ahead, fused_rows=0) for weight in weights]
     x = randn(9, 128, dtype=torch.float16)
     for place in (0, 1, 2, 0, 2, 2, 1, 0, 1, 2):
         assert torch.equal(ahead.take(weights[place]), expected[place])

@@ -75,6 +75,22 @@ def test_the_slots_share_is_what_a_full_bank_takes() -> None:
     assert bank.num_bytes == bank_bytes(sites, 3, 12, 4)
 
 
+def test_room_that_the_base_holds_for_copies_is_not_counted_again(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = discover_sites(base.module)
+    own = plan(base, SMALL).parts
+    held = (
+        2
+        * 2
+        * max(site.in_features * site.out_features for site in sites.values() if site.part == "language")
+    )
+    monkeypatch.setitem(base.memory_by_part, "copies", held)
+    shared = plan(base, SMALL).parts
+    assert own["copies"] == 0 and shared["copies"] == held
+    assert shared["one step"] + held == own["one step"]
+
+
 def test_more_rows_more_patches_and_a_larger_head_take_more(base: BaseModel) -> None:
     sites = discover_sites(base.module)
 

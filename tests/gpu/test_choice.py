@@ -9,10 +9,12 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig
+from torch import nn
 
 from adapters.layer import MultiLoraLinear
 from base.config import CudaKernels
 from base.linear import dequantised_weight
+from base.merged_linear import MergedLinear
 from base.ops.nf4_linear import Nf4Linear
 from base.pocket import CHECKPOINT
 from base.torch_attention import TorchAttention
@@ -61,8 +63,20 @@ def rigs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[CudaKernels,
         rig.close()
 
 
-def linears(rig: Rig) -> list[MultiLoraLinear]:
-    return [child for child in rig.base.module.modules() if isinstance(child, MultiLoraLinear)]
+def linears(rig: Rig) -> dict[str, MultiLoraLinear]:
+    named = rig.base.module.named_modules()
+    return {name: child for name, child in named if isinstance(child, MultiLoraLinear)}
+
+
+def products(rig: Rig) -> list[nn.Module]:
+    """What multiplies, merged or not."""
+    bases = [one.base for one in linears(rig).values()]
+    return [base.product if isinstance(base, MergedLinear) else base for base in bases]
+
+
+def adders(rig: Rig) -> set[str]:
+    """The modules of those who add adapters."""
+    return {one._add.__module__ for one in linears(rig).values()}
 
 
 def test_every_kind_serves_by_our_kernels_and_none_where_torch_is_asked_for(
@@ -73,23 +87,25 @@ def test_every_kind_serves_by_our_kernels_and_none_where_torch_is_asked_for(
     expected = {"linear": "triton", "attention": "triton", "prompts": prompts, "adapters": "triton"}
     assert dict(ours.engine.status().kernels) == expected
     assert isinstance(ours.base.decoder.attention, TritonAttention)
-    assert not any(isinstance(one.base, Linear4bit) for one in linears(ours))
+    assert not any(isinstance(one, Linear4bit) for one in products(ours))
     num_layers = ours.base.spec.num_layers
-    assert sum(isinstance(one.base, Nf4Linear) for one in linears(ours)) == 7 * num_layers
-    assert all(one._triton is not None for one in linears(ours))
+    assert sum(isinstance(one, Nf4Linear) for one in products(ours)) == 4 * num_layers
+    assert adders(ours) == {"adapters.triton_lora"}
 
     assert dict(plain.engine.status().kernels) == {
         "linear": "bitsandbytes", "attention": "torch", "prompts": "torch", "adapters": "torch",
     }  # fmt: skip
     assert isinstance(plain.base.decoder.attention, TorchAttention)
-    assert sum(isinstance(one.base, Linear4bit) for one in linears(plain)) == 7 * num_layers
-    assert all(one._triton is None for one in linears(plain))
+    assert sum(isinstance(one, Linear4bit) for one in products(plain)) == 7 * num_layers
+    assert adders(plain) == {"adapters.ops.site_group"}
 
 
 def test_the_weights_behind_them_are_equal_to_the_bit_and_as_small(rigs: dict[CudaKernels, Rig]) -> None:
-    pairs = zip(linears(rigs["triton"]), linears(rigs["torch"]), strict=True)
+    ours, theirs = linears(rigs["triton"]), linears(rigs["torch"])
+    assert set(theirs) < set(ours)  # parts of merged linears are there, too
     assert all(
-        torch.equal(dequantised_weight(ours.base), dequantised_weight(theirs.base)) for ours, theirs in pairs
+        torch.equal(dequantised_weight(ours[name].base), dequantised_weight(one.base))
+        for name, one in theirs.items()
     )
     sizes = [rigs[way].base.memory_by_part["language_4bit"] for way in ("triton", "torch")]
     assert sizes[0] <= 1.1 * sizes[1]

@@ -16,6 +16,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig
 
 from adapters.layer import MultiLoraLinear
+from base.merged_linear import MergedLinear
 from base.ops.nf4_linear import Nf4Linear
 from base.pocket import CHECKPOINT
 from engine.config import EngineConfig
@@ -79,8 +80,9 @@ def test_everything_that_a_step_touches_is_on_the_device_and_in_its_type(pair: P
     assert (base.device.type, base.dtype) == ("cuda", torch.bfloat16)
     assert all(tensor.is_cuda for tensor in (*base.module.parameters(), *base.module.buffers()))
     wrapped = [child.base for child in base.module.modules() if isinstance(child, MultiLoraLinear)]
-    four_bit = [linear for linear in wrapped if isinstance(linear, Linear4bit | Nf4Linear)]
-    assert len(four_bit) == 7 * base.spec.num_layers
+    products = [linear.product if isinstance(linear, MergedLinear) else linear for linear in wrapped]
+    four_bit = [linear for linear in products if isinstance(linear, Linear4bit | Nf4Linear)]
+    assert len(four_bit) == (4 if base.kernels["linear"] == "triton" else 7) * base.spec.num_layers
     types = {one.dtype if isinstance(one, Nf4Linear) else one.compute_dtype for one in four_bit}
     assert types == {torch.bfloat16}
 

@@ -64,7 +64,7 @@ class Bench:
         num_slots: int = 16,
         max_rank: int = 64,
         dtype: torch.dtype = torch.bfloat16,
-        is_triton: bool = False,
+        is_triton: bool | None = False,
     ) -> None:
         self.module = Tiny(widths, dtype)
         self.sites = {name: Site(name, *each, "language") for name, each in widths.items()}
