@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 
 from adapters.errors import AdapterError, AdapterNotLoaded
 from adapters.ref import AdapterRef
+from engine.account import image_lookups, step_done
 from engine.ahead import Surroundings, rows_ahead
 from engine.clock import StepClock
 from engine.config import EngineConfig
@@ -24,7 +25,7 @@ from engine.executor import Executor, Outcome
 from engine.fairness import foreground
 from engine.lifecycle import Lifecycle
 from engine.messages import Abort, Failed, Inbound, LoadAdapter, Outbound, Stop, Submit, UnloadAdapter, Wake
-from engine.observer import ImageLookup, Observer, StepDone
+from engine.observer import Observer
 from engine.request import GenerationRequest
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -78,8 +79,9 @@ class Engine:
         self._start_moves()
         clock.lap("adapters")
         plan = self._plan()
+        ahead = self._plan_ahead(plan)
         clock.lap("plan")
-        outcomes = self._executor.execute(plan, clock, self._plan_ahead(plan))
+        outcomes = self._executor.execute(plan, clock, ahead)
         self._commit(outcomes)
         clock.lap("commit")
         self._send()
@@ -146,7 +148,8 @@ class Engine:
         for sequence in self._lifecycle.expired(self._sequences.values(), now):
             self._fail(sequence, DeadlineExceeded("the request's deadline passed before it was finished"))
         plan = self._scheduler.plan(now)
-        self._note_images(plan)
+        for lookup in image_lookups(plan):
+            self._observer.record(lookup)
         for chunk in plan.chunks:
             if chunk.sequence.started_s is None:
                 self._lifecycle.start(chunk.sequence, now)
@@ -162,15 +165,6 @@ class Engine:
             has_moves=self._swaps.has_work or self._swaps.has_pending,
         )
         return self._scheduler.plan_ahead(rows_ahead(plan, around, self._lifecycle.max_model_len))
-
-    def _note_images(self, plan: StepPlan) -> None:
-        """Each image once, with the chunk that meets it: a miss for the one for which it is encoded."""
-        fresh = {job.key for job in plan.image_jobs}
-        for chunk in plan.chunks:
-            if not chunk.sequence.request.is_background:
-                for key in map(chunk.sequence.image_key, chunk.images_met()):
-                    self._observer.record(ImageLookup(key not in fresh))
-                    fresh.discard(key)
 
     def _commit(self, outcomes: Seq[Outcome]) -> None:
         self._scheduler.land()
@@ -200,14 +194,9 @@ class Engine:
             self._deliver(messages)
 
     def _account(self, outcomes: Seq[Outcome], clock: StepClock) -> None:
-        if not outcomes:
-            return
-        self.num_steps += 1
-        chunks = [outcome.chunk for outcome in outcomes]
-        decodes = sum(chunk.is_decode for chunk in chunks)
-        num_prefilled = sum(chunk.num_tokens for chunk in chunks) - decodes
-        refs = {c.sequence.adapter for c in chunks if not c.sequence.adapter.is_base}
-        self._observer.record(StepDone(clock.seconds, decodes, num_prefilled, len(refs)))
+        if outcomes:
+            self.num_steps += 1
+            self._observer.record(step_done([outcome.chunk for outcome in outcomes], clock.seconds))
 
     # ---- ends --------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,6 @@ class LateDevice:
     faults: dict[int, Exception] = field(default_factory=dict)
     refusals: dict[int, Exception] = field(default_factory=dict)
     num_launched: int = 0
-    num_ahead: int = 0
     violations: list[str] = field(default_factory=list)
     _latest: tuple[Flight, _Pass] | None = None
 
@@ -75,7 +74,6 @@ class LateDevice:
         if after is not None:
             assert self._latest is not None and self._latest[0] is after
             before = self._latest[1]
-            self.num_ahead += 1
         snapshots = tuple(_snapshot(chunk.sequence) for chunk in plan.chunks)
         this = _Pass(plan.chunks, snapshots, before, choose, self.faults.get(number))
         self._note(this, "at its launch")
