@@ -27,10 +27,11 @@ from base.errors import BaseNotFound, UnsupportedBase
 from base.fingerprint import fingerprint
 from base.linear import four_bit_names, settle_cpu_linears
 from base.memory import memory_by_part
-from base.model import BaseModel, BaseSpec
+from base.model import BaseModel
 from base.processing import load_processor
 from base.processor import PatchSizes, Processor, TokenIds
 from base.quantization import QuantizationPlan, plan_quantization
+from base.spec import BaseSpec
 from base.torch_attention import TorchAttention
 
 logger = logging.getLogger("lorikeet.base")

@@ -12,8 +12,8 @@ from adapters.ops.launch import MAX_CHUNKS
 from adapters.ops.tiles import max_tiles
 from adapters.sites import Site, SiteTable
 from adapters.slots import page_rank
-from base.model import BaseSpec
 from base.ops.attention_ops import WANTED_PROGRAMS
+from base.spec import BaseSpec
 from engine.config import EngineConfig
 from engine.graphs import buckets_up_to
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from base.model import BaseSpec
+from base.spec import BaseSpec
 
 
 def kv_bytes_per_token(spec: BaseSpec, dtype: torch.dtype) -> int:

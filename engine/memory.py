@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from adapters.sites import Site, SiteTable
 from adapters.slots import bank_bytes
-from base.model import BaseModel, BaseSpec
+from base.spec import BaseSpec
 from engine.config import DEFAULT_KV_BYTES, EngineConfig, MemoryBudget
 from engine.kv import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from base.model import BaseModel
 
 CUDA_BUDGET = MemoryBudget(share=0.9)
 """Where nothing was asked for: what fragments and other libraries need of a GPU's memory is left to them."""

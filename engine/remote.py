@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from adapters.ref import AdapterRef
 from adapters.sites import Site
 from base.config import BaseConfig
-from base.model import BaseSpec
+from base.spec import BaseSpec
 from engine.config import EngineConfig
 from engine.memory import MemoryPlan
 from engine.messages import LoadReport, Outbound, UnloadReport

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from engine.engine import Engine
-from engine.grammar import GrammarCompiler
 from engine.messages import Inbound, Stop
 from engine.sampling import GrammarSpec
 from engine.status import EngineStatus, StatusBoard
+
+if TYPE_CHECKING:  # what a server without an engine of its own need not load
+    from engine.engine import Engine
+    from engine.grammar import GrammarCompiler
 
 STOP_TIMEOUT_S = 30.0  # for the step that is running
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapters.registry import Registry
     from adapters.sites import Site
-    from base.model import BaseSpec
     from base.processor import Processor
+    from base.spec import BaseSpec
     from engine.client import EngineClient
     from engine.observer import Observer
     from server.settings import Settings

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from adapters.ref import AdapterRef
     from adapters.registry import Registry
     from adapters.sources.local import LocalSource
-    from base.model import BaseSpec
     from base.processor import Processor
+    from base.spec import BaseSpec
     from engine.sampling import GrammarSpec
     from engine.stream import Delta, Finish
     from server.auth import Gate

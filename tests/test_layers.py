@@ -32,7 +32,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
 EXCEPTIONS: Mapping[str, tuple[str, ...]] = {
     "bench.kernels": ("adapters",),
     # What the processor takes and gives back, what it raises, and the frozen facts about the base: plain values.
-    "server": ("base.decode", "base.prompt", "base.errors", "base.config", "base.model.BaseSpec"),
+    "server": ("base.decode", "base.prompt", "base.errors", "base.config", "base.spec"),
     # Offline: builds the base's modules on the meta device to know its linears; no request passes here.
     "server.commands.check": ("base.pocket",),
     # The composition root: it shows the embedded base's pictures.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from base.errors import InvalidToken
-from base.model import BaseSpec
 from base.prompt import ImagePart, Message, PromptImage, PromptInputs, TextPart
+from base.spec import BaseSpec
 
 BASE_NAME = "fake/base-vl"
 IMAGE_TOKEN = 256
