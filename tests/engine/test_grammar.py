@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import base.pocket
+from engine import grammar_trial
 from engine.errors import GrammarError
 from engine.grammar import MAX_CACHED, MAX_SOURCE_BYTES, Grammar, GrammarCompiler, GrammarState
 from engine.sampler import NumericalFailure, SampledToken, Sampler, SamplerState
@@ -168,21 +169,26 @@ def letters(count: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "value",
-    [{"allOf": letters(24)}, {"type": "integer", "multipleOf": 99_999_989}],
+    ("value", "cpu_s"),
+    [({"allOf": letters(24)}, 3), ({"type": "integer", "multipleOf": 99_999_989}, 1)],
     ids=["patterns", "multiple"],
 )
 def test_a_schema_that_would_take_minutes_and_gigabytes_holds_nobody_up(
-    compiler: GrammarCompiler, value: object
+    compiler: GrammarCompiler, value: object, cpu_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(GrammarError, match="3 s or 1024 MiB"):
+    assert grammar_trial.MAX_CPU_S == 3
+    monkeypatch.setattr(grammar_trial, "MAX_CPU_S", cpu_s)
+    with pytest.raises(GrammarError, match=f"{cpu_s} s or 1024 MiB"):
         compiler.compile(schema(value))
     begin_s = time.monotonic()
     assert accepts(compiler.compile(schema({"const": str(value)[:9]})), json.dumps(str(value)[:9]))
     assert time.monotonic() - begin_s < 2
 
 
-def test_a_tool_whose_arguments_take_minutes_is_refused(compiler: GrammarCompiler) -> None:
+def test_a_tool_whose_arguments_take_minutes_is_refused(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "MAX_CPU_S", 1)
     parameters = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 99_999_989}}}
     spec = tool_grammar(
         [{"type": "function", "function": {"name": "f", "parameters": parameters}}], AnyTool()
@@ -199,10 +205,15 @@ def test_equal_specs_are_compiled_once(compiler: GrammarCompiler) -> None:
     assert compiler.compile(schema(CITY_SCHEMA)) is compiler.compile(schema(CITY_SCHEMA))
 
 
-def test_the_cache_forgets_the_oldest(compiler: GrammarCompiler) -> None:
+def test_the_cache_forgets_the_oldest(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_CACHED >= 64
+    monkeypatch.setattr("engine.grammar.MAX_CACHED", 8)
     first = compiler.compile(GrammarSpec("regex", "first"))
-    for i in range(MAX_CACHED):
+    for i in range(7):
         compiler.compile(GrammarSpec("regex", f"other{i}"))
+    assert compiler.compile(GrammarSpec("regex", "first")) is first
+    for i in range(8):
+        compiler.compile(GrammarSpec("regex", f"another{i}"))
     assert compiler.compile(GrammarSpec("regex", "first")) is not first
 
 

@@ -16,7 +16,6 @@ from adapters.routing import Routing
 from base.attention import PlanTensors
 from base.config import BaseConfig
 from base.loader import load_base
-from base.pocket import CHECKPOINT
 from engine.build import graph_attention, graph_buffers
 from engine.config import EngineConfig
 from engine.graph_memory import graph_bytes
@@ -24,6 +23,7 @@ from engine.graphs import BUCKETS, DecodeGraphs, buckets_up_to
 from engine.runner import StepLogits
 from engine.sequence import BASE_SLOT
 from engine.step import Chunk, StepPlan
+from tests.support.checkpoints import make_checkpoint
 from tests.support.decode_attention import PlainDecodeAttention
 from tests.support.graph_stand import BLOCK, MAX_BLOCKS, MAX_ROWS, NUM_SLOTS, Stand, shorten
 from tests.support.requests import make_image
@@ -36,8 +36,10 @@ PLAIN = PlainDecodeAttention(MAX_BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def stand() -> Iterator[Stand]:
-    base = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu"))
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """Over a random base that is small, since the interpreter runs its linears' tiles one by one."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("graphs"), hidden=128, mlp=192, layers=1)
+    base = load_base(BaseConfig(source=str(folder), device="cpu"))
     shorten(base, PLAIN)
     stand = Stand(base, torch.float32)
     stand.record(Tape())  # before any adapter is there, as an engine does

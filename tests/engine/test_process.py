@@ -182,34 +182,38 @@ def test_a_killed_engine_ends_what_waits_for_it_at_once_and_comes_back(rig: Rig,
     assert asyncio.run(remote.answers(ASKS[2:3]))[0].token_ids == reference[0].token_ids
 
 
-def test_a_frozen_engine_is_killed_and_replaced(rig: Rig, state: Path) -> None:
-    frozen = Remote(rig, state, hung_after_s=6.0)
-    try:
+def test_a_frozen_engine_is_killed_and_replaced(
+    rig: Rig, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_before, pid = remote.engine.status().num_recoveries, remote.process.pid
 
-        async def scenario() -> None:
-            stream = frozen.engine.submit(rig.request(LONG))
-            await anext(aiter(stream))
-            assert frozen.process.pid is not None
-            os.kill(frozen.process.pid, signal.SIGSTOP)
-            with pytest.raises(EngineDown):
-                async for _ in stream:
-                    pass
+    async def scenario() -> None:
+        stream = remote.engine.submit(rig.request(LONG))
+        await anext(aiter(stream))
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineDown):
+            async for _ in stream:
+                pass
 
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.process, "_hung_after_s", 2.0)  # from the next pulse on
         asyncio.run(scenario())
-    finally:
-        frozen.engine.close()
+    wait_for(lambda: remote.engine.status().is_ready)
+    assert remote.engine.status().num_recoveries == num_before + 1
+    assert remote.process.pid != pid and pid is not None and not is_running(pid)
 
 
-def test_closing_ends_streams_as_draining_and_leaves_no_process(rig: Rig, state: Path) -> None:
-    closing = Remote(rig, state)
-    pid = closing.process.pid
+def test_closing_ends_streams_as_draining_and_leaves_no_process(rig: Rig, remote: Remote) -> None:
+    """The last one over this process."""
+    pid = remote.process.pid
     assert pid is not None
 
     async def scenario() -> None:
-        stream = closing.engine.submit(rig.request(LONG))
+        stream = remote.engine.submit(rig.request(LONG))
         await anext(aiter(stream))
-        await closing.engine.drain(0)
-        await asyncio.to_thread(closing.engine.close)
+        await remote.engine.drain(0)
+        await asyncio.to_thread(remote.engine.close)
         with pytest.raises(Draining):
             async for _ in stream:
                 pass
@@ -229,10 +233,13 @@ def test_what_cannot_start_says_why(state: Path) -> None:
 
 PARENT = """
 import json, sys, time
-from pathlib import Path
-from tests.engine.test_process import begin_at
+from base.config import BaseConfig
+from engine.config import EngineConfig
 from engine.process import EngineProcess
-process = EngineProcess(begin_at(Path(sys.argv[1])))
+from engine.remote import Begin
+assert "transformers" not in sys.modules, "the server's half of this starts without the libraries of the base"
+base, config = BaseConfig(source=sys.argv[1], device="cpu"), EngineConfig(num_slots=2, kv_bytes=8 << 20)
+process = EngineProcess(Begin(base, config, sys.argv[2], 30))
 process.begin()
 process.wait_ready()
 print(json.dumps(process.pid), flush=True)
@@ -242,7 +249,10 @@ time.sleep(600)
 
 def test_an_engine_does_not_outlive_its_server(tmp_path: Path) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+        [sys.executable, "-c", PARENT, str(CHECKPOINT), str(tmp_path / "packages")],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
     )
     assert parent.stdout is not None
     pid = json.loads(parent.stdout.readline())

@@ -173,7 +173,9 @@ def test_the_access_log_has_no_content(client: httpx2.Client, caplog: pytest.Log
         client.post(
             "/v1/chat/completions?q=sesame", json={"messages": [{"role": "user", "content": "sesame"}]}
         )
+        client.get("/health")  # the line is written behind the last byte: here it is
     lines = [record.getMessage() for record in caplog.records if record.name == "lorikeet.access"]
+    lines = [line for line in lines if "/health" not in line]
     assert len(lines) == 1
     assert "route=/v1/chat/completions status=200" in lines[0]
     assert "sesame" not in lines[0]

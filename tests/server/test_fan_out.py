@@ -115,7 +115,7 @@ def test_every_version_is_leased_while_they_answer_those_of_a_composition_too(wi
     both = [{"name": "json"}, {"name": "org/nested", "weight": -1}]
     chat(wire, ask(adapters=["french", "base", both, "french"]))
     assert seen == [[ref("french"), ref("json"), ref("org/nested")]] * 4
-    assert wire.registry.leases == []
+    wire.until(lambda: not wire.registry.leases)
 
 
 def test_one_that_is_removed_meanwhile_is_404_and_leaves_no_lease(
@@ -130,7 +130,7 @@ def test_one_that_is_removed_meanwhile_is_404_and_leaves_no_lease(
 
     monkeypatch.setattr(wire.registry, "lease", late)
     assert error_of(wire.post(PATH, ask(adapters=["french", "json"])))["code"] == "model_not_found"
-    assert wire.registry.leases == []
+    wire.until(lambda: not wire.registry.leases)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -144,7 +144,7 @@ def test_a_failure_of_one_before_the_first_byte_is_the_requests(wire: Wire, is_s
     response = wire.post(PATH, ask(adapters=["french", "json"], stream=is_stream))
     assert (response.status_code, error_of(response)["code"]) == (422, "adapter_rejected")
     assert all(each.is_aborted for each in wire.engine.streams)
-    assert wire.registry.leases == []
+    wire.until(lambda: not wire.registry.leases)
 
 
 def test_a_failure_of_one_after_the_first_byte_ends_the_stream_with_an_error(wire: Wire) -> None:
@@ -155,7 +155,7 @@ def test_a_failure_of_one_after_the_first_byte_ends_the_stream_with_an_error(wir
 
     wire.engine.script = script
     assert stream(wire, adapters=["french", "json"])[-1]["error"]["code"] == "numerical_error"
-    assert wire.registry.leases == []
+    wire.until(lambda: not wire.registry.leases)
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,11 @@ def test_moving_the_alias_or_ending_the_split_sends_all_to_one(client: httpx2.Cl
 
 def test_requests_in_flight_keep_their_version(client: httpx2.Client, surface: Surface) -> None:
     begun, go_on = threading.Event(), asyncio.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
 
     def script(request: GenerationRequest) -> Iterator[Item]:
         yield delta(str(request.adapter))
+        loops.append(asyncio.get_running_loop())
         begun.set()
         yield go_on
         yield finish(request, 1)
@@ -139,7 +141,7 @@ def test_requests_in_flight_keep_their_version(client: httpx2.Client, surface: S
     client.delete("/v1/adapters/a@2")
     surface.engine.script = say("ok")
     assert served_by(client) == "a@1"
-    go_on.set()
+    loops[0].call_soon_threadsafe(go_on.set)
     thread.join(10)
     assert replies[0].headers["x-adapter"] == "a@2"
     assert replies[0].json()["choices"][0]["message"]["content"] == "a@2"

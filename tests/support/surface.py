@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from server.settings import Settings
 from server.state import ServerState, unready_reasons
 from server.uploads import Uploads
 from tests.fakes import BASE_NAME, FakeEngineClient, FakeProcessor, fake_spec
+from tests.support.quick_server import QuickServer
 
 if TYPE_CHECKING:
     from base.processor import Processor
@@ -104,17 +102,9 @@ def _open_registry(folder: Path, settings: Settings, metrics: Metrics) -> Regist
 def serving(app: FastAPI) -> Iterator[str]:
     """The app under uvicorn on a free port, in a thread; gives its URL."""
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as listener:  # listening already: nobody need wait for the thread
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=10)
+    server = QuickServer(config)
+    with server.running():
+        yield server.url
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from server.settings import Settings
 from server.state import ServerState
 from server.uploads import Uploads
 from tests.fakes import FakeEngineClient, FakeMedia, FakeProcessor, FakeRegistry, fake_spec
+from tests.support.quick_server import QuickServer
 
 T = TypeVar("T")
 ADAPTERS = ("french", "json", "org/nested")
@@ -105,29 +105,12 @@ class Wire:
     @contextmanager
     def serving(self) -> Iterator[Wire]:
         config = uvicorn.Config(
-            create_app(self.state), port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            create_app(self.state), log_level="error", lifespan="off", timeout_graceful_shutdown=1
         )
-        server = uvicorn.Server(config)
-        started = threading.Event()
-
-        async def run() -> None:
-            self._loop = asyncio.get_running_loop()
-            serving = asyncio.create_task(server.serve())
-            while not server.started and not serving.done():
-                await asyncio.sleep(0)
-            started.set()
-            await serving
-
-        thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
-        thread.start()
-        assert started.wait(20)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        try:
+        server = QuickServer(config)
+        with server.running():
+            self._loop, self.url = server.loop, server.url
             yield self
-        finally:
-            server.should_exit = True
-            thread.join(10)
 
 
 def ask(text: str = "hi", /, **fields: object) -> dict[str, object]:
