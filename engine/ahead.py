@@ -20,7 +20,9 @@ class Surroundings:
     has_messages: bool = False
     """Something is in the inbox: a newcomer, an abort, a load."""
     has_prompts: bool = False
-    """A sequence that waits or runs has a prompt to compute."""
+    """A piece of a prompt may be in the next step, whoever ends."""
+    has_queue: bool = False
+    """Others wait for a place: whoever ends makes one."""
     has_moves: bool = False
     """An adapter is awaited, copied, proved or unloaded."""
 
@@ -34,7 +36,9 @@ def rows_ahead(plan: StepPlan, around: Surroundings, max_model_len: int) -> tupl
     is_certain = around.is_quiet and all(chunk.is_decode and not chunk.needs_host for chunk in plan.chunks)
     if not is_certain:
         return ()
-    return tuple(_next(chunk) for chunk in plan.chunks if _goes_on(chunk, max_model_len))
+    rows = tuple(_next(chunk) for chunk in plan.chunks if _goes_on(chunk, max_model_len))
+    makes_room = around.has_queue and len(rows) < len(plan.chunks)
+    return () if makes_room else rows
 
 
 def _next(chunk: Chunk) -> Chunk:

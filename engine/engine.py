@@ -162,6 +162,7 @@ class Engine:
         around = Surroundings(
             has_messages=not self.inbox.empty(),
             has_prompts=self._scheduler.has_prompts,
+            has_queue=self._scheduler.has_queue,
             has_moves=self._swaps.has_work or self._swaps.has_pending,
         )
         return self._scheduler.plan_ahead(rows_ahead(plan, around, self._lifecycle.max_model_len))

@@ -38,11 +38,23 @@ def in_turn(waiting: Collection[Sequence], running: Collection[Sequence]) -> Ite
     return _dealt([*prefilling, *wanted], counts)
 
 
-def has_prompts(waiting: Collection[Sequence], running: Collection[Sequence]) -> bool:
-    """Whether ``in_turn`` would name anybody."""
-    if foreground(waiting) or any(not sequence.is_decoding for sequence in running):
+def has_prompts(waiting: Collection[Sequence], running: Collection[Sequence], max_running: int) -> bool:
+    """Whether the next step may hold a piece of a prompt, if nobody ends: somebody is in turn, and has a place or would
+    be given one.
+    """
+    if any(not sequence.is_decoding for sequence in running):
         return True
-    return bool(waiting) and not foreground(running)
+    wanted = foreground(waiting)
+    if len(foreground(running)) >= max_running:
+        return any_yields(wanted, running)
+    return bool(wanted) or (bool(waiting) and not foreground(running))
+
+
+def any_yields(newcomers: Collection[Sequence], running: Collection[Sequence]) -> bool:
+    """Whether ``who_yields`` names anybody for one of them; ``running`` is not empty."""
+    counts = Counter(share_of(s.adapter) for s in running)
+    most = max(counts.values())
+    return any(most - counts[share] >= 2 for share in {share_of(s.adapter) for s in newcomers})
 
 
 def who_yields(newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:

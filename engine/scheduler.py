@@ -54,8 +54,13 @@ class Scheduler:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether somebody has a prompt to compute."""
-        return has_prompts(self.waiting, self.running)
+        """Whether the next step may hold a piece of a prompt, if nobody ends."""
+        return has_prompts(self.waiting, self.running, self._config.max_running)
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether somebody gets the place of whoever ends."""
+        return bool(foreground(self.waiting))
 
     @property
     def num_waiting_for_adapter(self) -> int:

@@ -55,6 +55,14 @@ def test_whoever_wants_the_host_is_waited_for(around: Surroundings) -> None:
     assert rows_ahead(plan_of(decoding()), around, MAX_LEN) == ()
 
 
+def test_a_place_that_is_known_to_become_free_is_given_away_first() -> None:
+    last = decoding(num_output=5, max_tokens=6)
+    queue = Surroundings(has_queue=True)
+    assert len(rows_ahead(plan_of(decoding(), decoding()), queue, MAX_LEN)) == 2
+    assert rows_ahead(plan_of(decoding(), last), queue, MAX_LEN) == ()
+    assert len(rows_ahead(plan_of(decoding(), last), QUIET, MAX_LEN)) == 1
+
+
 PARAMS: dict[str, tuple[dict[str, Any], bool]] = {
     "greedy": ({}, True),
     "drawn from all": ({"temperature": 1.0, "seed": 1}, True),

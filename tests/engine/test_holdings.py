@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.ref import BASE
 from engine.fairness import has_prompts, in_turn
 from engine.sequence import BASE_SLOT, Sequence, Status
 from engine.step import Chunk, StepPlan
@@ -107,17 +110,37 @@ def test_somebody_has_a_prompt_where_somebody_is_in_turn(
     def made(kind: tuple[bool, bool]) -> Sequence:
         is_background, is_decoding = kind
         sequence = make_sequence("r", 5)
-        sequence.request = type(sequence.request)(
-            "r",
-            sequence.request.prompt,
-            sequence.adapter,
-            sequence.request.sampling,
-            0.0,
-            is_background=is_background,
-        )
+        sequence.request = replace(sequence.request, is_background=is_background)
         if is_decoding:
             sequence.output_ids, sequence.num_computed = [1], 5
         return sequence
 
     here, there = [made((kind[0], False)) for kind in waiting], [made(kind) for kind in running]
-    assert has_prompts(here, there) == any(True for _ in in_turn(here, there))
+    assert has_prompts(here, there, max_running=9) == any(True for _ in in_turn(here, there))
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 3), st.booleans()), min_size=1, max_size=14
+    ),
+    max_running=st.integers(1, 5),
+)
+def test_where_nobody_has_a_prompt_the_plan_is_who_ran_before(
+    arrivals: list[tuple[int, int, bool]], max_running: int
+) -> None:
+    """Places taken, places yielded, and background among them."""
+    adapters = [BASE, ref("a"), ref("b"), ref("c")]
+    desk = Desk(num_blocks=512, num_slots=3, max_running=max_running)
+    desk.bring(*adapters[1:])
+    for step in range(24):
+        for number, (when, adapter, is_background) in enumerate(arrivals):
+            if when == step:
+                sequence = desk.add(f"r{number}", 3, adapters[adapter])
+                sequence.request = replace(sequence.request, is_background=is_background)
+        has_none, running = not desk.scheduler.has_prompts, list(desk.scheduler.running)
+        plan = desk.step()
+        if has_none:
+            assert [chunk.sequence for chunk in plan.chunks] == running
+            assert all(chunk.is_decode for chunk in plan.chunks)
+        for sequence in [s for s in desk.scheduler.running if len(s.output_ids) >= 6]:
+            desk.scheduler.end(sequence)

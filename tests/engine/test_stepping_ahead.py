@@ -159,6 +159,23 @@ def test_what_comes_between_two_steps_waits_a_step_and_changes_no_answer(bench: 
             assert found[name] == expected[name]
 
 
+def test_a_queue_for_few_places_gives_the_same_answers_and_is_no_reason_to_wait(bench: Bench) -> None:
+    """Who gets a place that a stop token made free gets it a step later; one by length, at once."""
+    few = replace(CONFIG, max_running=2)
+    stop = tokens_of(bench.live({0: [bench.submit("r1", QUESTIONS[1], max_tokens=20)]}, OFF), "r1")[7]
+    script: Scripted = {
+        0: [
+            bench.submit(f"r{i}", QUESTIONS[i], max_tokens=20, stop_token_ids=(stop,) if i == 1 else ())
+            for i in range(5)
+        ]
+    }
+    found, expected = bench.live(script, few), bench.live(script, replace(few, step_ahead="off"))
+    assert found.without_steps() == expected.without_steps()
+    assert found.num_dropped == 1
+    assert found.num_steps == expected.num_steps + 1
+    assert found.num_ahead > found.num_steps // 2
+
+
 def test_a_cache_too_small_for_all_gives_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences are preempted, and what would need others' blocks is not done ahead."""
     preempt, preempted = Scheduler._preempt, list[str]()

@@ -25,7 +25,7 @@ from tests.support.stepping import Life, Stepped, now, plain, stepped
 
 SAMPLES = Path(__file__).resolve().parents[2] / "adapters" / "samples"
 ADAPTERS = ("french", "json", "patterns")
-CONFIG = EngineConfig(num_slots=2, max_model_len=128, kv_bytes=4 << 20, max_running=5)
+CONFIG = EngineConfig(num_slots=2, max_model_len=128, kv_bytes=4 << 20, max_running=14)
 OFF = replace(CONFIG, step_ahead="off")
 QUESTIONS = ("Hello!", "Who are you?", "What is the capital of France?", "Thanks!", "Count to ten, please.")
 Scripted = dict[int, list[Inbound]]
