@@ -3,8 +3,9 @@
 Owns the reads under way, and shares the host tier's bytes between the threads. Decides
 nothing: which adapter goes into which slot is the residency's. One read serves all who want the same content.
 
-Reads run beside the steps; what a step waits for is the copy into a slot, in ``finished``, at a step's boundary: a
-slice of it where sequences run.
+Reads run beside the steps. Copies into slots are launched in ``finished``, at a step's boundary: a slice of it where
+sequences run. On a CPU that is what a step waits for; on CUDA they run beside the steps, and a later ``finished`` finds
+them over.
 
 Place in a request's way: step 5.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from adapters.copies import Copies, Ready, translate
 from adapters.errors import AdapterError
 from adapters.host_tier import HostTier
+from adapters.lane import Lane, lane_of
 from adapters.moves import Evict, Load, Move, Moved, MoveFailed, Tier
 from adapters.ref import AdapterRef
 from adapters.room import Footprint
@@ -49,8 +51,12 @@ class Mover:
         host_bytes: int,
         on_ready: Callable[[], None],
         num_threads: int = 2,
+        lane: Lane | None = None,
     ) -> None:
-        """read is called from the mover's threads, and so is on_ready: ``finished`` has something to return."""
+        """read is called from the mover's threads, and so is on_ready: ``finished`` has something to return.
+
+        lane: where copies run; by default the bank's device's.
+        """
         self._bank = bank
         self._read = read
         self._on_ready = on_ready
@@ -64,7 +70,7 @@ class Mover:
         self._ahead_s: dict[str, float] = {}
         """Seconds of reads ahead whose load has not come yet: it reports them as its own."""
         self._loading: dict[int, Load] = {}  # by slot; this and the next are the engine's thread's only
-        self._copies = Copies(bank)
+        self._copies = Copies(bank, lane or lane_of(bank.device))
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
 
@@ -128,7 +134,8 @@ class Mover:
     def finished(self, max_bytes: int | None = None) -> list[Moved | MoveFailed]:
         """Write what is ready into its slots, in the order of becoming ready, and return what ended with it.
 
-        ``max_bytes`` are copied at most, and the site that passes them; the rest is left to the next call.
+        ``max_bytes`` are copied at most, and the site that passes them; the rest is left to the next call, and so is
+        what is launched and not over. None: all ends, and the next step is ordered behind it.
         """
         with self._lock:
             ready, self._ready = self._ready, []

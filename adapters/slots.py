@@ -71,10 +71,10 @@ class Pages:
     def write(self, slot: int, a: Tensor, b: Tensor) -> None:
         rank, out = a.shape[0], b.shape[0]
         self.a[slot, :rank].copy_(a, non_blocking=True)
-        self.a[slot, rank:].zero_()
         self.b[slot, :out, :rank].copy_(b, non_blocking=True)
-        self.b[slot, :out, rank:].zero_()
-        self.b[slot, out:].zero_()
+        for padding in (self.a[slot, rank:], self.b[slot, :out, rank:], self.b[slot, out:]):
+            if padding.numel():
+                padding.zero_()
 
     @property
     def num_bytes(self) -> int:
@@ -170,8 +170,8 @@ class SlotBank:
             pass
 
     def writing(self, slot: int, weights: AdapterWeights | StagedAdapter) -> Generator[int]:
-        """As ``write``, a site at a time: yields the bytes just copied. Nobody sees the slot before the end; if it
-        raises or is closed before, the slot is empty."""
+        """As ``write``, a site at a time: yields the bytes just copied (on CUDA launched), once for each of the
+        adapter's sites. Nobody sees the slot before the end; if it raises or is closed before, the slot is empty."""
         staged = weights if isinstance(weights, StagedAdapter) else self.stage(weights)
         self._empty(slot)
         try:
@@ -194,7 +194,7 @@ class SlotBank:
             if shelf.scale is None:
                 shape = (self.num_slots, shelf.site.out_features)
                 shelf.scale = torch.empty(shape, dtype=torch.float32, device=self.device)
-            shelf.scale[slot].copy_(staged.scale)
+            shelf.scale[slot].copy_(staged.scale, non_blocking=True)
 
     def _new_pages(self, site: Site, rank: int) -> Pages:
         a = torch.empty((self.num_slots, rank, site.in_features), dtype=self.dtype, device=self.device)

@@ -66,7 +66,9 @@ class Stager:
 
     def _stage_site(self, name: str, weights: SiteWeights, max_rank: int) -> StagedSite:
         self._check(name, weights, max_rank)
-        scale = None if weights.magnitude is None else self._dora_scale(name, weights, weights.magnitude)
+        scale = None
+        if weights.magnitude is not None:
+            scale = self._pinned(self._dora_scale(name, weights, weights.magnitude))
         return StagedSite(self._ready(weights.a), self._ready(weights.b), scale)
 
     def _check(self, name: str, weights: SiteWeights, max_rank: int) -> None:
@@ -88,8 +90,11 @@ class Stager:
             raise AdapterRejected(RejectReason.BAD_SHAPE, reason, (name,))
 
     def _ready(self, tensor: Tensor) -> Tensor:
-        converted = tensor.to(self._dtype).contiguous()
-        return converted.pin_memory() if self._is_pinned else converted
+        return self._pinned(tensor.to(self._dtype).contiguous())
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Beside CUDA: a copy of pageable memory would have the host wait for all that its stream waits for."""
+        return tensor.pin_memory() if self._is_pinned else tensor
 
     def _dora_scale(self, name: str, weights: SiteWeights, magnitude: Tensor) -> Tensor:
         """[out] float32: magnitude / ||W + B A|| by row of W, PEFT's ``DoraLinearLayer.get_weight_norm``."""

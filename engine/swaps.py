@@ -32,7 +32,8 @@ from engine.status import Sizes, SlotStatus, SwapsPicture
 logger = logging.getLogger("lorikeet.engine")
 
 SLICE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
-"""Copied into slots at one step's boundary while sequences run: about a millisecond, by 4 and 30 GB/s."""
+"""Copied into slots at one step's boundary while sequences run: about a millisecond, by 4 and 30 GB/s. On a CPU a step
+waits for it; on CUDA it runs beside the steps, and the boundary only launches it."""
 
 Reply = LoadReport | UnloadReport | Exception
 

@@ -7,6 +7,7 @@ import torch
 
 from adapters.copies import Copies, Ready
 from adapters.errors import AdapterError, InsufficientMemory
+from adapters.lane import InPlace
 from adapters.moves import Load, Moved, MoveFailed, Tier
 from adapters.sites import Site
 from adapters.slots import SlotBank
@@ -41,7 +42,7 @@ def numbers(bank: SlotBank, slot: int) -> list[torch.Tensor]:
 def test_slices_end_with_what_one_write_gives(bank: SlotBank, max_bytes: int | None) -> None:
     whole = SlotBank(SITES, 2, 64, torch.float32, CPU)
     whole.write(1, staged(whole, 7))
-    copies = Copies(bank)
+    copies = Copies(bank, InPlace())
     copies.add([ready(1, staged(bank, 7))])
     num_calls, results = 0, []
     while copies.is_busy:
@@ -60,13 +61,13 @@ def test_slices_end_with_what_one_write_gives(bank: SlotBank, max_bytes: int | N
 
 
 def test_loads_are_copied_in_order_and_one_call_may_end_several(bank: SlotBank) -> None:
-    copies = Copies(bank)
+    copies = Copies(bank, InPlace())
     copies.add([ready(0, staged(bank, 1, "p")), ready(1, staged(bank, 2, "p"))])
     assert [result.move.slot for result in copies.advance(3 * SLICE)] == [0, 1]
 
 
 def test_a_failed_read_is_told_in_its_turn_and_copies_nothing(bank: SlotBank) -> None:
-    copies = Copies(bank)
+    copies = Copies(bank, InPlace())
     error = AdapterError("broken")
     copies.add([ready(0, error)])
     assert copies.advance(1) == [MoveFailed(Load(make_ref("a0"), 0), error)]
@@ -88,7 +89,7 @@ def test_what_goes_wrong_between_slices_leaves_the_slot_empty(
         write(shelf, slot, site)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bank, "_write_site", fail_at_q)
-    copies = Copies(bank)
+    copies = Copies(bank, InPlace())
     copies.add([ready(0, staged(bank, 1))])
     assert copies.advance(1) == []
     assert bank.num_bytes > 0
@@ -99,7 +100,7 @@ def test_what_goes_wrong_between_slices_leaves_the_slot_empty(
 
 def test_a_neighbour_that_leaves_between_slices_takes_no_page_along(bank: SlotBank) -> None:
     bank.write(0, staged(bank, 1))
-    copies = Copies(bank)
+    copies = Copies(bank, InPlace())
     copies.add([ready(1, staged(bank, 2))])
     copies.advance(SLICE)
     bank.clear(0)
