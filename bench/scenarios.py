@@ -23,7 +23,6 @@ from bench.scrape import between, scrape
 from bench.sizes import SIZES, Size
 from bench.trace import Call, Picture, Trace
 from bench.words import prose
-from bench.workloads import SEED
 
 NUM_HOSTS = 8
 
@@ -58,7 +57,7 @@ def run_scenario(endpoint: Endpoint, scenario: Scenario, plan: Plan, tell: Tell)
     before = scrape(endpoint.url, endpoint.api_key)
     runs = []
     for repeat in range(plan.num_repeats):
-        rng = random.Random(f"{SEED + repeat}/{scenario.name}/{plan.size}")
+        rng = random.Random(f"{plan.seed + repeat}/{scenario.name}/{plan.size}")
         if scenario.name in ("long-prompt", "storm", "flood"):
             hosts, guests = _hosts_and_guests(scenario.name, size, rng)
             figures = _beside(

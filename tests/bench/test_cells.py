@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bench.cells import FirstCalls, NothingMeasured, Plan, Server, parity_of, ratio, run_side_by_side
 from bench.endpoint import Endpoint
+from bench.proofs import sharing
+from bench.proofs.bed import Bed
 from bench.ramp import sweep
 from bench.running import compared, other_server, run_workloads
 from bench.scenarios import SCENARIOS, run_scenario
@@ -93,6 +97,17 @@ def test_pairs_share_what_their_name_says(server: tuple[Server, Script], name: s
     if name == "swap":
         assert first["adapter"] == second["adapter"]
         assert len({str(body["adapter"]) for body in script.bodies[:-16]}) == 32  # all others came between
+
+
+def test_what_a_proof_warms_up_with_never_comes_again(server: tuple[Server, Script], tmp_path: Path) -> None:
+    """Its first pair would find in the cache what it calls a miss."""
+    ours, script = server
+    bed = Bed(tmp_path, "tiny", 3, silent)
+    sharing._scenario(bed, ours.endpoint, "prefix", bed.plan("smoke"))
+    systems = [str(body["messages"]) for body in script.bodies]
+    assert len(systems) == len(set(systems)) == 2 * (1 + 3)
+    starts = Counter(text[:200] for text in systems)
+    assert set(starts.values()) == {2} and len(starts) == 1 + 3
 
 
 def test_a_cold_swap_unloads_before_each_first_call(server: tuple[Server, Script]) -> None:
