@@ -34,6 +34,7 @@ from bench.options import (
     Url,
     Where,
     keep,
+    keep_part,
     known,
     make_plan,
     reach,
@@ -95,6 +96,7 @@ def run(
     chosen = known(names)
     plan = make_plan(size, repeats, calls, rate, slo_first_token_ms, slo_per_token_ms)
     tell = teller(as_json)
+    path: list[Path] = []
     with (
         told() as watch,
         reach(Where(url, model, adapters, naming, label, api_key), Ours(base, adapter_root, serve), tell) as (
@@ -102,12 +104,18 @@ def run(
             served,
         ),
     ):
-        cells = run_workloads(endpoint, chosen, plan, tell, is_against_base=against_base)
+
+        def keep_so_far(cells: list[dict[str, object]]) -> None:
+            path[:] = [keep_part("run", cells, watch, out, path)]
+
+        cells = run_workloads(
+            endpoint, chosen, plan, tell, is_against_base=against_base, keep_so_far=keep_so_far
+        )
         if against_base and adapter_root is not None and Path(base).is_dir():
             add_efficiency(cells, Path(base), adapter_root, tell)
         for cell in cells:
             cell["server_peak_bytes"] = served.peak_bytes()
-    keep("run", cells, watch, out, as_json)
+    keep("run", cells, watch, out, as_json, path[0])
 
 
 @app.command("sweep")

@@ -2,8 +2,9 @@
 # All that a GPU has to show, in one run on a machine with nothing but Python and torch, without a network:
 #   bench/gpu.sh [--wheels FOLDER] [--out FOLDER] [--work FOLDER] [--total SECONDS] [--only STAGE,STAGE] [--rehearse]
 # Stages: install shapes tests kernels decode decode7b image swap peers report. Each has a time of its own, prints as it
-# goes, leaves its JSON in --out (bench/results), and fails alone. --total bounds them together (700 s): what no longer
-# fits is named. --wheels installs a folder of wheels beside the machine's own packages and changes none of them.
+# goes, leaves its JSON in --out (bench/results) cell by cell, and fails alone. --total bounds them together (700 s): what
+# no longer fits is named, and the report is of what there is. Where one command may not run so long, run --only some
+# and then the others, with the same --work and --out. --wheels installs a folder of wheels beside the machine's own packages and changes none of them.
 # --rehearse runs all of it at tiny shapes on a CPU. Exit status 1 when a stage failed or did not fit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
     --total) total=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
     --rehearse) rehearse=1; shift ;;
-    *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,11p' "$0" >&2; exit 2 ;;
   esac
 done
 work=${work:-$(mktemp -d)}
@@ -41,14 +42,17 @@ export flags="$flags --serve=--host-adapter-memory=12GiB"
 share="" && [ "$rehearse" = 1 ] || share="--serve=--device-memory=0.4"
 export share
 
+report_s=20  # kept for the last stage, whatever the others took
 began=$(date +%s) summary="$out/gpu-stages.jsonl" num_bad=0
-: > "$summary"
+[ -z "$only" ] && : > "$summary"  # stages that are run by themselves are added to those before
+began_at=$(wc -l < "$summary" 2> /dev/null || echo 0)
 
 # stage NAME SECONDS COMMAND: within its time and what is left of the whole
 stage() {
   local name=$1 most=$2 command=$3 left begin rc
   [ -n "$only" ] && case ",$only," in *",$name,"*) ;; *) return 0 ;; esac
   left=$((total - ($(date +%s) - began)))
+  [ "$name" = report ] || left=$((left - report_s))
   if [ "$left" -lt 15 ]; then
     echo "== $name: no time left"
     echo "{\"stage\": \"$name\", \"status\": \"no time left\"}" >> "$summary"
@@ -86,8 +90,8 @@ one='lorikeet bench run $names --base "$work/small" --adapter-root "$work/small-
 stage image 60 "names='one-picture pictures'; $one"
 stage swap 60 "names='storm working-set distinct-64'; [ $rehearse = 0 ] || names=storm; $one"
 stage peers 110 'lorikeet bench peers closed-8 --base "$work/small" --adapter-root "$work/small-adapters" --kinds generate,set-adapter,adapter-names --size "$size" --repeats 1 --calls 8 $flags $share --out "$out"'
-stage report 20 'lorikeet bench report "$out"/*.json --markdown > "$out/gpu-report.md"; tail -n 40 "$out/gpu-report.md"'
+stage report "$report_s" 'lorikeet bench report "$out"/*.json --markdown > "$out/gpu-report.md"; tail -n 40 "$out/gpu-report.md"'
 
 echo "== done in $(($(date +%s) - began)) s; $num_bad stages failed or did not fit"
-cat "$summary"
+tail -n +$((began_at + 1)) "$summary"
 [ "$num_bad" = 0 ]

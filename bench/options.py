@@ -153,6 +153,15 @@ def refuse(why: str) -> None:
     raise typer.Exit(2)
 
 
+def keep_part(
+    kind: str, cells: Sequence[Mapping[str, object]], watch: Watch, out: Path | None, path: Sequence[Path]
+) -> Path:
+    """Write the cells so far, over the file that was written before, if any, and return its path."""
+    from bench.results import RESULTS, make_result, save
+
+    return save(make_result(kind, watch.end(), cells), out or RESULTS, path[0] if path else None)
+
+
 def keep(
     kind: str,
     cells: Sequence[Mapping[str, object]],

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bench.options import AsJson, Out, keep, teller, told
+from bench.options import AsJson, Out, keep, keep_part, teller, told
 
 Only = Annotated[str | None, typer.Option(help="Items by number, comma between; none is all.")]
 ShapeName = Annotated[str, typer.Option(help="Of the made checkpoint: tiny (to see that all works) or 0.5b.")]
@@ -37,7 +37,6 @@ def prove(
     from bench.proofs.bed import Bed
     from bench.prove import chosen, estimate
     from bench.prove import prove as prove_items
-    from bench.results import RESULTS, make_result, save
     from bench.shapes import SHAPES
 
     tell = teller(as_json)
@@ -51,8 +50,7 @@ def prove(
         bed = Bed(made, shape, pairs, tell, tuple(server or ()))
 
         def keep_so_far(cells: list[dict[str, object]]) -> None:
-            result = make_result("prove", watch.end(), cells)
-            path[:] = [save(result, out or RESULTS, path[0] if path else None)]
+            path[:] = [keep_part("prove", cells, watch, out, path)]
 
         cells = prove_items(bed, items, keep_so_far)
     keep("prove", cells, watch, out, as_json, path[0])

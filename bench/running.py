@@ -67,21 +67,36 @@ def our_server(setup: OurServer, tell: Tell) -> Iterator[tuple[Endpoint, Served]
 
 
 def run_workloads(
-    endpoint: Endpoint, names: Sequence[str], plan: Plan, tell: Tell, *, is_against_base: bool = False
+    endpoint: Endpoint,
+    names: Sequence[str],
+    plan: Plan,
+    tell: Tell,
+    *,
+    is_against_base: bool = False,
+    keep_so_far: Callable[[list[dict[str, object]]], None] = lambda cells: None,
 ) -> list[dict[str, object]]:
-    """A cell for each workload or scenario; with the same calls on the base alone beside it where that is wanted."""
+    """A cell for each workload or scenario; with the same calls on the base alone beside it where that is wanted.
+
+    ``keep_so_far`` gets the cells after each, so that a run cut short has left something.
+    """
     cells: list[dict[str, object]] = []
     for name in names:
-        if name in SCENARIOS:
-            cells.append(run_scenario(endpoint, SCENARIOS[name], plan, tell))
-            continue
-        workload = workload_named(name)
-        server = Server(endpoint)
-        targets: list[Target] = [server]
-        if is_against_base and workload.num_adapters:
-            targets.append(server.base_only())
-        cells += compared(run_side_by_side(targets, workload, plan, tell), workload, plan)
+        cells += _cells(endpoint, name, plan, tell, is_against_base)
+        keep_so_far(cells)
     return cells
+
+
+def _cells(
+    endpoint: Endpoint, name: str, plan: Plan, tell: Tell, is_against_base: bool
+) -> list[dict[str, object]]:
+    if name in SCENARIOS:
+        return [run_scenario(endpoint, SCENARIOS[name], plan, tell)]
+    workload = workload_named(name)
+    server = Server(endpoint)
+    targets: list[Target] = [server]
+    if is_against_base and workload.num_adapters:
+        targets.append(server.base_only())
+    return compared(run_side_by_side(targets, workload, plan, tell), workload, plan)
 
 
 def compared(measured: Sequence[Measured], workload: Workload, plan: Plan) -> list[dict[str, object]]:

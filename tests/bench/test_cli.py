@@ -52,6 +52,13 @@ def test_with_json_nothing_else_is_printed(server: tuple[str, Script], tmp_path:
     assert done.exit_code == 0 and len(done.stdout.splitlines()) == 1 and done.stderr == ""
 
 
+def test_what_was_measured_before_the_end_came_is_kept(server: tuple[str, Script], tmp_path: Path) -> None:
+    done = invoke("run", "closed-1", "storm", *asked(server[0], "--repeats", "1", "--out", str(tmp_path)))
+    assert done.exit_code == 2 and "40" in done.output  # adapters, and there are eight
+    (path,) = tmp_path.glob("run-*.json")
+    assert [cell["workload"] for cell in json.loads(path.read_text())["cells"]] == ["closed-1"]
+
+
 @pytest.mark.parametrize("naming", list(Naming))
 def test_every_naming_can_be_chosen(server: tuple[str, Script], tmp_path: Path, naming: Naming) -> None:
     url, script = server
