@@ -61,6 +61,37 @@ def test_one_site_of_each_kind_agrees(dtype: torch.dtype) -> None:
     assert max(errors.values()) < (1e-5 if dtype == torch.float32 else 8e-3)
 
 
+class Merged(nn.Linear):
+    """As the base's: known by the names of its parts."""
+
+    part_names = ("a", "like_a")
+
+
+def merged_model() -> nn.Module:
+    return nn.ModuleDict({**dict(model().named_children()), "both": Merged(128, 160)})
+
+
+def test_a_merged_linear_is_tried_whole_and_its_parts_are_not() -> None:
+    cases = list(try_lora(merged_model(), SITES, 16, torch.float32, torch.float32, CPU))
+    assert {what.split()[0] for what, _, _ in cases} == {"both", "b", "four"}
+    assert {found.shape[1] for what, found, _ in cases if what.startswith("both")} == {160}
+    for _, found, expected in cases:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sites_columns_in_anothers_place_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters import triton_lora
+
+    real: Callable[..., Tensor] = triton_ops.add_lora
+
+    def swapped(y: Tensor, *rest: object) -> Tensor:
+        return y.copy_(real(y.clone(), *rest).roll(80, 1)) if y.shape[1] == 160 else real(y, *rest)
+
+    monkeypatch.setattr(triton_lora, "add_lora", swapped)
+    for what, found, expected in try_lora(merged_model(), SITES, 16, torch.float32, torch.float32, CPU):
+        assert torch.allclose(found, expected, atol=1e-2) != what.startswith("both")
+
+
 def planted_slots(y: Tensor, x: Tensor, *args: object, real: Callable[..., Tensor]) -> Tensor:
     return real(y, x.roll(1, 0), *args)
 

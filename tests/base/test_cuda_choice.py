@@ -21,7 +21,8 @@ from base.kernel_check import error_of
 from base.linear import dequantised_weight, four_bit_names
 from base.loader import load_base
 from base.memory import memory_by_part
-from base.ops import nf4_ops
+from base.merged_linear import LinearPart, MergedLinear
+from base.ops import nf4, nf4_ops
 from base.ops.attention_ops import attend_decodes, rotate_and_store
 from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_linear import Nf4Linear
@@ -109,6 +110,43 @@ def test_a_wrong_or_raising_product_leaves_bitsandbytes(
     with pytest.raises(KernelRefused, match="linear kernel"):
         settle_cuda_linears(module, "triton", CPU)
     assert len(four_bit_names(module)) == 3
+
+
+def projections() -> nn.Module:
+    """Linears of one input, and one beside them."""
+    widths = {"q_proj": 96, "k_proj": 32, "v_proj": 48}
+    parts = {name: four_bit(128, width, bias=True, seed=width) for name, width in widths.items()}
+    return nn.ModuleDict({**parts, "o_proj": four_bit(64, 128, bias=False)})
+
+
+def test_linears_of_one_input_become_one_product() -> None:
+    module = projections()
+    plain = copy.deepcopy(module)
+    assert settle_cuda_linears(module, "auto", CPU) == "triton"
+    merged = module.get_submodule("qkv_proj")
+    assert isinstance(merged, MergedLinear) and isinstance(merged.product, Nf4Linear)
+    assert isinstance(module.get_submodule("o_proj"), Nf4Linear)
+    names = ("q_proj", "k_proj", "v_proj")
+    for num_rows in (1, 5, 130):  # the last of them from a copy made ahead
+        x = torch.randn(num_rows, 128, dtype=torch.float16)
+        expected = torch.cat([plain.get_submodule(name)(x) for name in names], 1)
+        assert error_of(merged(x), expected) <= 1
+        assert torch.equal(torch.cat([module.get_submodule(name)(x) for name in names], 1), merged(x))
+    for name in names:
+        ours, theirs = module.get_submodule(name), plain.get_submodule(name)
+        assert isinstance(ours, LinearPart)
+        assert torch.equal(dequantised_weight(ours), dequantised_weight(theirs))
+
+
+def test_parts_in_another_order_are_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = nf4.side_by_side
+    monkeypatch.setattr(nf4, "side_by_side", lambda weights: real(list(reversed(weights))))
+    module = projections()
+    assert settle_cuda_linears(module, "auto", CPU) == "bitsandbytes"
+    assert "kernels.refused kind=linear" in caplog.text
+    assert len(four_bit_names(module)) == 4
 
 
 def test_copies_that_come_too_late_are_not_used(
