@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that a GPU has to show, in one run on a machine with nothing but Python and torch, without a network:
 #   bench/gpu.sh [--wheels FOLDER] [--out FOLDER] [--work FOLDER] [--total SECONDS] [--only STAGE,STAGE] [--rehearse]
-# Stages: install shapes tests kernels decode decode7b image swap peers report. Each has a time of its own, prints as it
+# Stages: install shapes tests kernels decode decode7b image swap ahead peers report. Each has a time of its own, prints as it
 # goes, leaves its JSON in --out (bench/results) cell by cell, and fails alone. --total bounds them together (700 s): what
 # no longer fits is named, and the report is of what there is. Where one command may not run so long, run --only some
 # and then the others, with the same --work and --out. --wheels installs a folder of wheels beside the machine's own packages and changes none of them.
@@ -89,6 +89,8 @@ stage decode7b 110 "cells() { $cells; }; cells large"
 one='lorikeet bench run $names --base "$work/small" --adapter-root "$work/small-adapters" --size "$size" --repeats "$repeats" $calls $flags --out "$out"'
 stage image 60 "names='one-picture pictures'; $one"
 stage swap 60 "names='storm working-set distinct-64'; [ $rehearse = 0 ] || names=storm; $one"
+# beside the decode stage's: what it is worth that the next step is started first
+stage ahead 60 "names='closed-1 closed-32'; [ $rehearse = 0 ] || names=closed-1; $one --serve=--step-ahead=off --label lorikeet-not-ahead"
 stage peers 110 'lorikeet bench peers closed-8 --base "$work/small" --adapter-root "$work/small-adapters" --kinds generate,set-adapter,adapter-names --size "$size" --repeats 1 --calls 8 $flags $share --out "$out"'
 stage report "$report_s" 'lorikeet bench report "$out"/*.json --markdown > "$out/gpu-report.md"; tail -n 40 "$out/gpu-report.md"'
 
