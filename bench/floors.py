@@ -173,8 +173,3 @@ def run_seconds(shape: LanguageShape, work: Work, machine: Machine) -> float:
 def lora_efficiency(measured_ratio: float, shape: LanguageShape, work: Work, machine: Machine) -> float:
     """The measured ratio as a share of the possible one."""
     return measured_ratio / possible_ratio(shape, work, machine)
-
-
-def floor_tokens_per_s(shape: LanguageShape, step: Step, machine: Machine) -> float:
-    """Output tokens a second that no engine on this machine can exceed by more than the machine was mismeasured."""
-    return step.rows / (base_seconds(shape, step, machine) + lora_seconds(shape, step, machine))

@@ -26,6 +26,5 @@ def image_lookups(plan: StepPlan) -> Iterator[ImageLookup]:
 def step_done(chunks: Seq[Chunk], seconds: Mapping[Phase, float]) -> StepDone:
     """Of the chunks that came to something."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
-    num_tokens = sum(chunk.num_tokens for chunk in chunks)
     refs = {chunk.sequence.adapter for chunk in chunks if not chunk.sequence.adapter.is_base}
-    return StepDone(seconds, num_decodes, num_tokens - num_decodes, len(refs))
+    return StepDone(seconds, num_decodes, len(refs))

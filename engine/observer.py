@@ -23,7 +23,6 @@ class StepDone:
 
     seconds: Mapping[Phase, float]
     num_decode_rows: int
-    num_prefill_tokens: int
     num_distinct_adapters: int
     """Distinct adapters in the batch, the base not counted."""
 

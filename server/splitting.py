@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from adapters.entry import AdapterEntry
     from adapters.registry import Registry
 
-USER = "user"
 HEADER_PREFIX = "header:"
 METADATA_PREFIX = "metadata:"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from base.attention import AttentionPlan, plan_tensors
+from base.attention import AttentionPlan
 from base.config import BaseConfig
 from base.loader import load_base
 from base.model import BaseModel
@@ -140,16 +140,3 @@ def test_padding_is_at_most_an_eighth_beyond_the_first_step() -> None:
     assert all(length <= padded_length(length) < length + max(64, length / 4) for length in lengths)
     assert all(padded_length(length) % 64 == 0 for length in lengths)
     assert len({padded_length(length) for length in lengths}) < 45
-
-
-def test_plan_tensors_hold_the_plans_facts() -> None:
-    slots = torch.tensor([9, 4, 5])
-    plan = AttentionPlan((0, 1, 3), (6, 2), ((1, 2), (1,)), slots, (), (), 4)
-    tensors = plan_tensors(plan)
-    assert tensors.block_table.tolist() == [[1, 2], [1, 0]]
-    assert tensors.context_lens.tolist() == [6, 2]
-    assert tensors.query_starts.tolist() == [0, 1, 3]
-    assert tensors.slot_mapping is slots
-    assert {tensors.block_table.dtype, tensors.context_lens.dtype, tensors.query_starts.dtype} == {
-        torch.int32
-    }

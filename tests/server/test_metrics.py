@@ -117,7 +117,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 def test_every_name_of_the_wire_page_is_served(metrics: Metrics) -> None:
-    record(metrics, *life(adapter("a")), StepDone({"forward": 0.01}, 1, 0, 1), ImagesEncoded(1, 4, 0.1))
+    record(metrics, *life(adapter("a")), StepDone({"forward": 0.01}, 1, 1), ImagesEncoded(1, 4, 0.1))
     record(metrics, AdapterMoved(adapter("a"), 1, {"read": 0.1}), DecodeStalled("adapter_copy", 0.1))
     metrics.count_http("/x", "GET", 200)
     text = metrics.render().decode()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from base.attention import AttentionPlan, LayerAttention, PlanTensors, plan_tensors
+from base.attention import AttentionPlan, LayerAttention, PlanTensors
 from base.rotary import Rotary
 from base.torch_attention import TorchAttention
 
@@ -76,3 +76,16 @@ class PlainDecodes:
             enable_gqa=True,
         )
         return attended.squeeze(2)
+
+
+def plan_tensors(plan: AttentionPlan) -> PlanTensors:
+    """New tensors on the plan's device (``slot_mapping`` is the plan's own); one copy to the device each."""
+    device = plan.slot_mapping.device
+    width = max((len(table) for table in plan.block_tables), default=0)
+    padded = [[*table, *([0] * (width - len(table)))] for table in plan.block_tables]
+    return PlanTensors(
+        block_table=torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width).to(device),
+        context_lens=torch.tensor(plan.context_lens, dtype=torch.int32, device=device),
+        query_starts=torch.tensor(plan.query_starts, dtype=torch.int32, device=device),
+        slot_mapping=plan.slot_mapping,
+    )

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.errors import BaseError
 from server.commands.fit import SHAPES as SERVED_SHAPES
 from server.commands.fit import language_parameters as served_parameters
+from tests.support.checkpoints import make_checkpoint
 from tests.training.kept import kept_by_a_layer, peak_of
 from tests.training.real_shapes import skeleton
 from training.plan.activations import HEAD_ROWS, Load, backward_bytes, language_layer_bytes
-from training.plan.base import BaseUnknown, find_shape
 from training.plan.peak import WORKSPACE_BYTES, fits
 from training.plan.plan import GIB, MemoryPlan, plan_memory
 from training.plan.shape import KNOWN_SHAPES, BaseShape
 from training.plan.time import DataSize, measured_rate, plan_time
 from training.plan.weights import NF4, language_parameters, small_parameters, vision_parameters, weight_bytes
 from training.recipe.recipe import PartRecipe, Recipe, Stage
+from training.run.foresight import base_shape
 from training.targets.targets import resolve_targets_on
 
 THREE, SEVEN = KNOWN_SHAPES
@@ -174,7 +176,7 @@ def test_what_cannot_fit_says_so() -> None:
 
 
 def test_on_a_cpu_everything_is_in_fp32() -> None:
-    plan = plan_memory(find_shape("pocket"), Recipe(), device="cpu")
+    plan = plan_memory(base_shape(Recipe(base="pocket")), Recipe(), device="cpu")
     assert plan.total_bytes < 4 * GIB
     half = plan_memory(THREE, Recipe(precision="bf16"), device="cpu")
     full = plan_memory(THREE, Recipe(), device="cpu")
@@ -186,18 +188,19 @@ def test_on_a_cpu_everything_is_in_fp32() -> None:
 )
 def test_published_bases_are_known_without_a_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert find_shape(name) == THREE
+    assert base_shape(Recipe(base=name)) == THREE
 
 
-def test_a_folder_and_the_embedded_base_are_read_from_their_configuration(tmp_path: Path) -> None:
-    from tests.training.real_shapes import config_of
-
-    small = replace(THREE, layers=2, name=str(tmp_path))
-    config_of(small).save_pretrained(tmp_path)
-    assert find_shape(str(tmp_path)) == small
-    assert find_shape("pocket").hidden > 0
-    with pytest.raises(BaseUnknown, match="known without a hub: pocket, Qwen"):
-        find_shape(str(tmp_path / "nothing"))
+def test_a_folder_and_the_embedded_base_are_read_from_their_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path / "qwen2.5-vl-3b", hidden=128, layers=3, mlp=192)
+    monkeypatch.chdir(tmp_path)  # where the published name is a folder's
+    shape = base_shape(Recipe(base="qwen2.5-vl-3b"))
+    assert (shape.hidden, shape.layers, shape.mlp) == (128, 3, 192)
+    assert base_shape(Recipe(base="pocket")).hidden > 0
+    with pytest.raises(BaseError, match="nothing"):
+        base_shape(Recipe(base=str(tmp_path / "nothing")))
 
 
 def test_time_counts_steps_tokens_and_work() -> None:

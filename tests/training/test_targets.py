@@ -155,18 +155,6 @@ def test_what_is_not_there_or_more_than_was_meant_is_refused(recipe: Recipe, say
         resolve_targets_on(recipe, THREE.sites())
 
 
-def test_a_part_can_be_taken_alone() -> None:
-    targets = resolve_targets_on(Recipe(preset=("language", "merger")), SEVEN.sites())
-    merger = targets.narrowed({"merger"})
-    assert merger.counts() == {"merger": 2}
-    assert {name for name in SEVEN.sites() if re.fullmatch(merger.pattern, name)} == {
-        "model.visual.merger.mlp.0",
-        "model.visual.merger.mlp.2",
-    }
-    with pytest.raises(TargetsError, match="it has language, merger"):
-        targets.narrowed({"vision"})
-
-
 def test_the_number_of_trainable_numbers_is_rank_times_widths() -> None:
     """59.9 MB in 16 bits for rank 16 on all language linears of the 3B, 80.7 MB of the 7B."""
     three = resolve_targets_on(Recipe(r=16), THREE.sites())

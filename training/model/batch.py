@@ -37,10 +37,6 @@ class Batch:
         return int(self.ids.numel())
 
     @property
-    def num_sequences(self) -> int:
-        return len(self.starts) - 1
-
-    @property
     def num_labels(self) -> int:
         """Positions that carry loss; never zero in a batch of checked rows."""
         return int((self.labels != IGNORED).sum())

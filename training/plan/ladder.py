@@ -6,7 +6,7 @@ plan does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from training.plan.peak import Device, Row, fits, peak_parts
@@ -41,9 +41,6 @@ def climb(shape: BaseShape, recipe: Recipe, row: Row, device: Device, memory_byt
             if steps[-1].does_fit:
                 return tuple(steps)
     return tuple(steps)
-
-
-Rung = Callable[[Recipe, Row, Device], Iterator[Change]]
 
 
 def _smaller_batch(recipe: Recipe, row: Row, device: Device) -> Iterator[Change]:

@@ -7,6 +7,7 @@ Owns: which device and how much of its memory is free, which shape a base has. D
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -73,9 +74,12 @@ def this_device() -> tuple[Device, int]:
 
 
 def base_shape(recipe: Recipe) -> BaseShape:
-    """From what is known, else from the checkpoint's configuration. Raises as ``open_checkpoint``."""
+    """A published base's is known without a hub; else from the checkpoint's configuration.
+
+    Raises as ``open_checkpoint``.
+    """
     known = known_shape(recipe.base)
-    if known is not None:
+    if known is not None and not Path(recipe.base).exists():
         return known
     checkpoint = open_checkpoint(serving_config(recipe))
     return shape_of(checkpoint.config, checkpoint.name)

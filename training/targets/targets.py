@@ -10,8 +10,8 @@ device is enough. Place in a training run: before the plan, and again when the a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapters.sites import PARTS, Site, discover_sites
@@ -112,16 +112,6 @@ class Targets:
 
     def of(self, part: Part) -> tuple[Target, ...]:
         return tuple(target for target in self.modules if target.part == part)
-
-    def narrowed(self, parts: Collection[Part]) -> Targets:
-        """The same without the modules of other parts. Raises TargetsError when none is left."""
-        kept = tuple(target for target in self.modules if target.part in parts)
-        if not kept:
-            raise TargetsError(
-                f"the adapter has no module in {', '.join(parts)}; it has {', '.join(self.parts)}"
-            )
-        sites = {target.name: _site_of(target) for target in self.modules}
-        return replace(self, modules=kept, pattern=pattern_of([sites[t.name] for t in kept], sites))
 
     def text(self) -> str:
         """One line a part: how many modules, their leaf names and ranks."""
