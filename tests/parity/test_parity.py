@@ -74,26 +74,52 @@ def _checkpoint(kind: str, root: Path) -> Path:
     return root / kind
 
 
+class Oracles:
+    """One a checkpoint, with its packages and its answers to ASKS: how ours computes its linears changes neither."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, tuple[Path, dict[str, Path], Oracle]] = {}
+        self._references: dict[Oracle, list[Reference]] = {}
+
+    def of(self, kind: str) -> tuple[Path, dict[str, Path], Oracle]:
+        if kind not in self._made:
+            checkpoint = _checkpoint(kind, self._root)
+            packages = make_zoo(checkpoint, self._root / f"zoo-{kind}")
+            self._made[kind] = checkpoint, packages, Oracle(checkpoint, adapters=packages)
+        return self._made[kind]
+
+    def references(self, pair: Pair) -> list[Reference]:
+        if pair.oracle not in self._references:
+            self._references[pair.oracle] = pair.references(ASKS)
+        return self._references[pair.oracle]
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
+    return Oracles(tmp_path_factory.mktemp("oracles"))
+
+
 @pytest.fixture(
     scope="module",
     params=[("pocket", "dequantised"), ("pocket", "float32"), ("odd", "dequantised")],
     ids=lambda param: f"{param[0]}-{param[1]}",
 )
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(
+    request: pytest.FixtureRequest, oracles: Oracles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
     """The pocket base, and a random one with 7B's ratios, an untied head and the older key layout."""
-    root = tmp_path_factory.mktemp("parity")
     kind, way = request.param
-    checkpoint = _checkpoint(kind, root)
-    packages = make_zoo(checkpoint, root / "zoo")
-    rig = Rig(str(checkpoint), root / "state", cpu_linear=way)
+    checkpoint, packages, oracle = oracles.of(kind)
+    rig = Rig(str(checkpoint), tmp_path_factory.mktemp("parity"), cpu_linear=way)
     rig.register(packages)
-    yield Pair(rig, Oracle(checkpoint, adapters=packages))
+    yield Pair(rig, oracle)
     rig.close()
 
 
 @pytest.fixture(scope="module")
-def references(pair: Pair) -> list[Reference]:
-    return pair.references(ASKS)
+def references(pair: Pair, oracles: Oracles) -> list[Reference]:
+    return oracles.references(pair)
 
 
 def test_a_mixed_batch_of_every_kind_equals_transformers_and_peft_run_alone(
