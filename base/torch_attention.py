@@ -91,14 +91,18 @@ def _attend_decodes(
     num_rows, num_heads, dim = query.shape
     num_kv_heads = flat_keys.shape[1]
     shape = (num_rows, group.num_keys, num_kv_heads, dim)
-    attended = functional.scaled_dot_product_attention(
+    operands: tuple[Tensor, ...] = (
         query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim),
         flat_keys.index_select(0, group.slots).view(shape).transpose(1, 2),
         flat_values.index_select(0, group.slots).view(shape).transpose(1, 2),
-        attn_mask=group.mask,
-        scale=scaling,
+        group.mask,
     )
-    return attended.reshape(num_rows, num_heads, dim)
+    if num_rows * num_kv_heads == 1:
+        # a product that has one matrix alone is cut among the threads, and its sums are others: let it have two
+        operands = tuple(operand.repeat(2, 1, 1, 1) for operand in operands)
+    query, key, value, mask = operands
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return attended[:num_rows].reshape(num_rows, num_heads, dim)
 
 
 def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:
