@@ -16,6 +16,8 @@ FROM python:${PYTHON}-slim AS builder
 ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# The kernels of a CPU are compiled at install; the image has what came of it and not the compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/lorikeet
 WORKDIR /src
 # The libraries first: this layer is built again only when a pin or a dependency changes.

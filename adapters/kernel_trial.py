@@ -1,4 +1,4 @@
-"""try_lora: Triton's adapters beside torch's batched products, at a model's own shapes, for whoever decides who serves.
+"""try_lora: a kernel's adapters beside torch's products, at a model's own shapes, for whoever decides who serves.
 
 Owns small adapters made for it, of several ranks, one of them DoRA, in a bank of its own. Decides nothing. Place in a
 request's way: none; once, at start.
@@ -6,7 +6,7 @@ request's way: none; once, at start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from adapters.layer import merged_sites, rounding_of
 from adapters.ops.launch import SHORT_ROWS
-from adapters.ops.site_group import SiteGroup, torch_adder
+from adapters.ops.site_group import AdderOwner, SiteGroup, torch_adder
 from adapters.ops.torch_ops import Rounding
 from adapters.routing import Routing
 from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
-from adapters.triton_lora import TritonLora
 from adapters.weights import AdapterWeights, SiteWeights
 
 STEPS: Final = (
@@ -39,16 +38,18 @@ def try_lora(
     bank_dtype: torch.dtype,
     dtype: torch.dtype,
     device: torch.device,
+    kernel: Callable[[SiteTable, SlotBank], AdderOwner],
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What was computed, by Triton, and by batched products: [T, out] in ``dtype``, one linear of each kind, each step.
+    """What was computed, by the kernel, and by batched products: [T, out] in ``dtype``, one linear of each kind, each
+    step.
 
-    ``module`` has no adapters attached. Raises what a kernel raises.
+    ``module`` has no adapters attached; kernel is asked once, for a bank of the trial's own. Raises what it raises.
     """
     linears = reversed(_linears(module, sites))
     kinds = {_kind(module.get_submodule(name), members): (name, members) for name, members in linears}
     chosen = {site.name: site for _, members in kinds.values() for site in members}
     bank = _bank(chosen, max_rank, bank_dtype, device)
-    triton, routing = TritonLora(chosen, bank), Routing(device)
+    adders, routing = kernel(chosen, bank), Routing(device)
     groups = {}
     for (_, widths, rounding, is_biased), (name, members) in kinds.items():
         bias = _numbers(3, sum(widths)).to(device, dtype) if is_biased else None
@@ -59,7 +60,7 @@ def try_lora(
             num_in, num_out = group.shelves[0].site.in_features, group.columns[-1][1]
             x, y = (_numbers(2, routing.num_rows, width).to(device, dtype) for width in (num_in, num_out))
             found, expected = y.clone(), y.clone()
-            triton.adder(group)(found, x, routing)
+            adders.adder(group)(found, x, routing)
             torch_adder(group)(expected, x, routing)
             if torch.equal(expected, y):
                 raise ValueError(f"the trial's adapters leave {name} alone")

@@ -21,7 +21,6 @@ from adapters.ops.torch_ops import Rounding
 from adapters.routing import Routing, RoutingSet
 from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
-from adapters.triton_lora import TritonLora, suits
 
 
 class MultiLoraLinear(nn.Module):
@@ -111,26 +110,20 @@ def attach(
     bank: SlotBank,
     routing: RoutingSet,
     base_weight: Callable[[nn.Module], Tensor],
-    *,
-    is_triton: bool | None = None,
-) -> TritonLora | None:
+    adder: Adder = torch_adder,
+) -> None:
     """Wrap every site of ``module`` and every merged linear in place, and give the bank the base's weights for DoRA.
 
     base_weight turns a linear of the base into its weight, [out, in] of any float dtype, dequantised and unpacked; it
-    is called from the mover's threads and must only read. is_triton: whether Triton computes the adapters; by default
-    where it suits the bank's device. Returns what must be prepared before a captured graph is replayed, or None where
-    plain torch computes. Raises ValueError, and changes nothing, if adapters are attached already, or if a part of a
-    merged linear is no site.
+    is called from the mover's threads and must only read. adder: who computes the adapters, TritonLora's, NativeLora's
+    or plain torch. Raises ValueError, and changes nothing, if adapters are attached already, or if a part of a merged
+    linear is no site.
     """
     bases = {name: module.get_submodule(name) for name in sites}
     attached = next((name for name, base in bases.items() if isinstance(base, MultiLoraLinear)), None)
     if attached is not None:
         raise ValueError(f"adapters are attached to this model already (at {attached}); detach them first")
     groups = dict(merged_sites(module, sites))
-    if is_triton is None:
-        is_triton = suits(bank.device)
-    triton = TritonLora(sites, bank) if is_triton else None
-    adder = torch_adder if triton is None else triton.adder
     for name, members in [*((name, [site]) for name, site in sites.items()), *groups.items()]:
         base = module.get_submodule(name)
         _replace(module, name, MultiLoraLinear(base, members, bank, routing.of(members[0].part), adder))
@@ -140,7 +133,6 @@ def attach(
         return base_weight(bases[name]).float()
 
     bank.connect(weight_of)
-    return triton
 
 
 def detach(module: nn.Module) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from adapters.composition import RANK_FACTOR
@@ -23,7 +22,7 @@ from adapters.ops.launch import SHORT_ROWS
 from adapters.ops.site_group import Add, SiteGroup
 from adapters.ops.tiles import LONG_TILE, SHORT_TILE, TileTable
 from adapters.ops.torch_ops import Rounding
-from adapters.ops.triton_ops import TritonLinear, add_lora, has_triton
+from adapters.ops.triton_ops import TritonLinear, add_lora
 from adapters.routing import Routing
 from adapters.sites import SiteTable
 from adapters.slots import Layout, SlotBank, page_rank
@@ -108,8 +107,3 @@ class _Tiles:
             tile_rows = SHORT_TILE if num_rows <= SHORT_ROWS else LONG_TILE
             self._tables[num_rows] = TileTable(num_rows, self._bank.num_slots, self._bank.device, tile_rows)
         return self._tables[num_rows]
-
-
-def suits(device: torch.device) -> bool:
-    """Whether adapters on this device are computed by Triton."""
-    return device.type == "cuda" and torch.version.hip is None and has_triton()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["nf4", "none"]
-CpuLinear = Literal["auto", "float32", "dequantised", "packed", "unpacked"]
+CpuLinear = Literal["auto", "native", "float32", "dequantised", "packed", "unpacked"]
+CpuAdapters = Literal["auto", "native", "torch"]
 CudaKernels = Literal["auto", "triton", "torch"]
 
 POCKET = "pocket"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from base.config import CudaKernels
+from base.four_bit import quant_state
 from base.kernel_check import Case, may_serve
-from base.linear import quant_state
 from base.merged_linear import groups, put
 from base.ops import nf4
 from base.ops.nf4_ahead import DequantiseAhead

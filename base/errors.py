@@ -33,10 +33,11 @@ class UnsupportedBase(BaseError):
 
 
 class KernelRefused(BaseError):
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, setting: str = "cuda_kernels") -> None:
+        """setting: by which plain torch is chosen instead."""
         self.kind = kind
         self.reason = reason
-        super().__init__(f"the {kind} kernel cannot serve here ({reason}): set cuda_kernels to torch")
+        super().__init__(f"the {kind} kernel cannot serve here ({reason}): set {setting} to torch")
 
 
 class PromptError(BaseError):

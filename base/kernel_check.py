@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from base.config import CudaKernels
+from base.config import CpuAdapters, CudaKernels
 from base.errors import KernelRefused
 
 LIMIT_S: Final = 90.0
@@ -39,6 +39,7 @@ OTHER_DEVICE: Final = (
 Case = tuple[str, Tensor, Tensor]
 """What was computed, what came of it, and what the plain twin made of the same: two tensors [..., N] of one shape."""
 Trial = Callable[[], Iterator[Case]]
+_SETTINGS: Final = {"triton": "cuda_kernels", "native": "cpu_adapters"}
 
 logger = logging.getLogger("lorikeet.base")
 
@@ -60,7 +61,7 @@ class Refusal:
 def may_serve(
     kind: str,
     trial: Trial,
-    choice: CudaKernels,
+    choice: CudaKernels | CpuAdapters,
     device: torch.device,
     *,
     limit_s: float = LIMIT_S,
@@ -82,8 +83,8 @@ def may_serve(
         torch.cuda.empty_cache()  # the memory plan counts what is free
     if isinstance(outcome, Refusal):
         logger.warning("kernels.refused kind=%s reason=%r", kind, outcome.reason)
-        if choice == "triton":
-            raise KernelRefused(kind, outcome.reason)
+        if choice != "auto":
+            raise KernelRefused(kind, outcome.reason, _SETTINGS[choice])
         return False
     logger.info(
         "kernels.used kind=%s cases=%d is_whole=%s worst=%.3f took_s=%.1f",

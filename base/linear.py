@@ -4,9 +4,10 @@ bitsandbytes computes a 4-bit linear on a CPU in one of two ways: "unpacked" deq
 multiplies in 16 bits; "packed" (only with AVX512-BF16, and shapes that its kernel takes) repacks the weight in place
 and multiplies from 4 bits, with block scales rounded to bfloat16 (0.3 % apart). To these comes
 "dequantised": the unpacked way's own weight, kept; equal to it to the bit, several times faster for few rows, at
-2 bytes a parameter; and "float32": the same weight widened (base/float32_linear.py), at 4 bytes, for CPUs that only
-imitate bfloat16 products. There the linears that never had 4 bits (the head, the vision tower) gain as much, so they
-follow, and those of one input are merged (base/merged_linear.py), since that changes no bit there.
+2 bytes a parameter. For CPUs that only imitate bfloat16 products two sum in float32 (base/wide_linears.py): "native",
+compiled here, which multiplies from 4 bits (base/native_linear.py), and "float32", the same weight widened
+(base/float32_linear.py), at 4 bytes. There the linears that never had 4 bits (the head, the vision tower) gain as much,
+so they follow, and those of one input are merged (base/merged_linear.py), since that changes no bit.
 
 Owns: that choice. Place in a request's way: none; once, at load (the linears themselves run in step 8).
 """
@@ -20,7 +21,7 @@ from copy import copy
 from typing import Final
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.functional import has_avx512bf16 as _has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
@@ -28,8 +29,12 @@ from torch.nn import functional
 
 from base.config import CpuLinear
 from base.float32_linear import Float32Linear, has_float32_product
-from base.merged_linear import LinearPart, groups, put
+from base.four_bit import computed_state, quant_state
+from base.merged_linear import LinearPart
+from base.native_linear import NativeLinear
+from base.ops.native_library import NativeMissing, has_native_library, native_library
 from base.ops.nf4_linear import Nf4Linear
+from base.wide_linears import widen_linears
 
 DEQUANTISED_BYTES_LIMIT: Final = 2 << 30
 """``auto`` keeps dequantised weights up to this many bytes: the pocket base by far, no published Qwen2.5-VL."""
@@ -106,7 +111,7 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
     Takes what the loader leaves (on any device) and plain linears. Raises TypeError for anything else, and ValueError
     for a 4-bit linear that was packed without us, whose weight can be had only roughly.
     """
-    if isinstance(linear, PackedLinear | Float32Linear | Nf4Linear | LinearPart):
+    if isinstance(linear, PackedLinear | NativeLinear | Float32Linear | Nf4Linear | LinearPart):
         return linear.dequantised_weight().float()
     if isinstance(linear, Linear4bit):
         state = quant_state(linear)
@@ -123,22 +128,30 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
 def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
     """Fix how each linear below ``module``, all on the CPU, computes. Changes ``module`` in place.
 
-    Linears in 16 bits stay as they are, but for the way "float32". Raises ValueError for that way where torch lacks it.
+    Linears in 16 bits stay as they are, but for the ways "native" and "float32". Raises ValueError for a way that is
+    not to be had here.
     """
     names = four_bit_names(module)
     if how == "auto":
         how = _choose(module, names)
-    if how == "float32" and not has_float32_product():
-        raise ValueError("this build of torch has no oneDNN: cpu_linear float32 is not to be had")
-    num_plain = len(_plain_names(module)) if how == "float32" else 0
-    settled = Counter(_settle(module, name, how) for name in names)
-    if how == "float32":
-        _keep_in_float32(module)
+    if how in ("native", "float32"):
+        _check_wide(how)
+        settled = widen_linears(module, is_native=how == "native")
+    else:
+        settled = Counter(_settle(module, name, how) for name in names)
     logger.info(
-        "base.cpu_linears %s plain_in_float32=%d",
-        " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0",
-        num_plain,
+        "base.cpu_linears %s", " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0"
     )
+
+
+def _check_wide(how: CpuLinear) -> None:
+    if not has_float32_product():  # native too: some weights are none for it
+        raise ValueError(f"this build of torch has no oneDNN: cpu_linear {how} is not to be had")
+    if how == "native":
+        try:
+            native_library()
+        except NativeMissing as error:
+            raise ValueError(f"cpu_linear native is not to be had: {error}") from error
 
 
 def multiplies_bf16() -> bool:
@@ -147,9 +160,12 @@ def multiplies_bf16() -> bool:
 
 
 def _choose(module: nn.Module, names: Sequence[str]) -> CpuLinear:
-    """What ``auto`` means here: float32 where bfloat16 is imitated, else 16 bits; each while it fits its limit."""
+    """What ``auto`` means here: where bfloat16 is imitated, native if it was compiled, else float32 while it fits its
+    limit; otherwise 16 bits, while they fit theirs."""
     num_weights = sum(_num_weights(module.get_submodule(name)) for name in names)
     if not multiplies_bf16() and has_float32_product():
+        if has_native_library():
+            return "native"
         num_plain = sum(_num_weights(module.get_submodule(name)) for name in _plain_names(module))
         if 4 * (num_weights + num_plain) <= FLOAT32_BYTES_LIMIT:
             return "float32"
@@ -166,7 +182,7 @@ def _settle(module: nn.Module, name: str, how: CpuLinear) -> CpuLinear:
         module.set_submodule(name, _dequantised(linear))
     elif how == "packed" and can_pack(linear):
         module.set_submodule(name, PackedLinear(linear))
-    elif how != "float32":  # that comes next, for all linears at once
+    else:
         return "unpacked"
     return how
 
@@ -178,34 +194,6 @@ def _plain_names(module: nn.Module) -> list[str]:
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear) and not isinstance(child, Linear4bit)
     ]
-
-
-def _keep_in_float32(module: nn.Module) -> None:
-    """A Float32Linear in the place of each linear, or of those of one input. A head that shares the embeddings leaves
-    them as they are."""
-    linears = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
-    for names in groups(linears):
-        put(module, names, _side_by_side([linears.pop(name) for name in names]))
-
-
-def _side_by_side(linears: Sequence[nn.Linear]) -> Float32Linear:
-    """All 4-bit or all plain, all or none with a bias."""
-    dense = [_dequantised(one) if isinstance(one, Linear4bit) else one for one in linears]
-    weights: list[Tensor] = [one.weight for one in dense]
-    biases: list[Tensor] = [one.bias for one in dense if one.bias is not None]
-    return Float32Linear(
-        weights[0] if len(weights) == 1 else torch.cat(weights),
-        torch.cat(biases) if biases else None,
-        is_quantised=isinstance(linears[0], Linear4bit),
-    )
-
-
-def quant_state(linear: Linear4bit) -> QuantState:
-    """Scales and shape of a 4-bit linear's weight. Raises ValueError when it has not been quantised yet."""
-    state = getattr(linear.weight, "quant_state", None)
-    if not isinstance(state, QuantState):
-        raise ValueError("the 4-bit linear has not been quantised: move it to a device first")
-    return state
 
 
 def unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -236,7 +224,4 @@ def _num_weights(linear: nn.Module) -> int:
 
 
 def _dequantised(linear: Linear4bit) -> DequantisedLinear:
-    state = copy(quant_state(linear))
-    # as bitsandbytes does: straight to the compute dtype
-    state.dtype = linear.compute_dtype or torch.bfloat16
-    return DequantisedLinear(dequantize_4bit(linear.weight.data, state), linear.bias)
+    return DequantisedLinear(dequantize_4bit(linear.weight.data, computed_state(linear)), linear.bias)

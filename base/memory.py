@@ -8,7 +8,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from base.float32_linear import Float32Linear
-from base.linear import PackedLinear, quant_state
+from base.four_bit import quant_state
+from base.linear import PackedLinear
+from base.native_linear import NativeLinear
 from base.ops.nf4_linear import Nf4Linear
 
 PARTS = ("language_4bit", "language", "embeddings", "vision", "head", "copies", "other")
@@ -47,6 +49,8 @@ def _part(name: str, child: nn.Module) -> str:
         return "head"
     if isinstance(child, Linear4bit | PackedLinear | Nf4Linear):
         return "language_4bit"
+    if isinstance(child, NativeLinear) and child.is_quantised:
+        return "language_4bit"
     is_linear = hasattr(child, "in_features")
     return "language" if is_linear else "other"
 
@@ -58,6 +62,8 @@ def _tensors(child: nn.Module) -> Iterator[Tensor]:
         yield from _state_tensors(quant_state(child))
     elif isinstance(child, PackedLinear):
         yield from _state_tensors(child.state)
+    elif isinstance(child, NativeLinear):
+        yield from child.tensors
     elif isinstance(child, Nf4Linear):
         yield from child.nf4.tensors
 

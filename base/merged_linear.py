@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from base.children import child
 from base.float32_linear import Float32Linear
+from base.native_linear import NativeLinear
 from base.ops.nf4_linear import Nf4Linear
 
 MERGED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -27,7 +28,7 @@ MERGED: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What is merged, by the leaf of its name, and of which siblings, in the order of the columns."""
 
-Product = Float32Linear | Nf4Linear
+Product = NativeLinear | Float32Linear | Nf4Linear
 
 
 class MergedLinear(nn.Module):

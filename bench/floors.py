@@ -87,7 +87,7 @@ class Machine:
     lora_flops_per_s: float
     """Of the adapters' products: on a CPU they are in fp32."""
     wide_flops_per_s: float | None = None
-    """Of the base's products in fp32, where the base may be computed so too: on a CPU. The floor is the faster way."""
+    """Of the base's products in fp32, where it may be computed so from 4 bits: on a CPU. The floor is the faster."""
 
     @property
     def most_flops_per_s(self) -> float:
@@ -113,7 +113,7 @@ def base_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
     """What the base alone takes at least: its weights, its head, the rows' keys and values; the faster way of both."""
     ways = [(step.base_weight_bytes, BF16_BYTES, machine.flops_per_s)]
     if machine.wide_flops_per_s is not None:
-        ways.append((FP32_BYTES, FP32_BYTES, machine.wide_flops_per_s))
+        ways.append((NF4_BYTES, BF16_BYTES, machine.wide_flops_per_s))
     kv_bytes = step.rows * step.context * shape.kv_bytes_per_token
     flops = 2.0 * step.rows * (shape.num_linear_weights + shape.num_head_weights)
     return min(

@@ -1,6 +1,6 @@
 """The kernel bench: LoRA, 4-bit matmul and attention, each against the bytes and operations it cannot go without.
 
-The one file of the bench that imports a room of ours, adapters, whose LoRA it times beside its reference loop. A line
+The one file of the bench that imports rooms of ours: it times the kernels of base and adapters by themselves. A line
 says how many microseconds a kernel takes, how many its floor, and what share of the floor's speed that is.
 """
 
@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.layer import attach
+from adapters.native_lora import NativeLora
 from adapters.ops.entries import DeviceTable
+from adapters.ops.site_group import Adder, torch_adder
 from adapters.ops.tiles import TileTable
 from adapters.ops.torch_ops import Rounding
 from adapters.ops.triton_ops import TritonLinear, add_lora, has_triton
 from adapters.routing import RoutingSet
-from adapters.sites import Site
+from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank, page_rank
+from adapters.triton_lora import TritonLora
 from adapters.weights import AdapterWeights, SiteWeights
+from base.native_linear import FourBitRows, NativeLinear
+from base.ops.native_library import has_native_library, native_library
 from bench.floors import BF16_BYTES, FP32_BYTES, NF4_BYTES, LanguageShape, Machine
 from bench.machine import best_seconds, blocked_product, has_blocked_product
 
@@ -101,6 +106,14 @@ def _matmuls(stand: Stand, site: str) -> Iterator[Timing]:
         )
         for variant, run, least in variants:
             yield Timing("matmul", variant, site, rows, stand.time_us(run), least)
+    if stand.device.type == "cpu" and has_native_library():
+        native = NativeLinear(FourBitRows.of(packed, state), None)
+        for rows in stand.rows:
+            x = torch.randn(rows, num_in, dtype=torch.bfloat16)
+            moved = NF4_BYTES * num_in * num_out + BF16_BYTES * rows * (num_in + num_out)
+            floor = stand.floor_us(moved, 2.0 * rows * num_in * num_out)
+            took = stand.time_us(lambda x=x: native(x))  # type: ignore[misc]
+            yield Timing("matmul", "compiled, from 4 bits", site, rows, took, floor)
     if stand.device.type == "cpu" and has_blocked_product():
         yield from _blocked_matmuls(stand, site, weight)
 
@@ -166,7 +179,7 @@ class _Bed:
         module.add_module(
             site, nn.Linear(self.num_in, self.num_out, bias=False).to(stand.device, torch.bfloat16)
         )
-        attach(module, sites, self.bank, self._routing, _plain_weight)
+        attach(module, sites, self.bank, self._routing, _plain_weight, _adder(sites, self.bank))
         self.linear = module.get_submodule(site)
         self._pairs = [_pair(stand, self.num_in, self.num_out) for _ in range(stand.num_adapters)]
         for slot, (a, b) in enumerate(self._pairs):
@@ -199,6 +212,15 @@ class _Bed:
             F.linear(F.linear(rows, a.to(self._dtype)), b.to(self._dtype))
             for rows, (a, b) in zip(parts, pairs, strict=True)
         ]
+
+
+def _adder(sites: SiteTable, bank: SlotBank) -> Adder:
+    """Who would serve on this device, by its kind alone."""
+    if bank.device.type == "cuda" and has_triton():
+        return TritonLora(sites, bank).adder
+    if bank.device.type == "cpu" and has_native_library():
+        return NativeLora(sites, bank, native_library()).adder
+    return torch_adder
 
 
 def _pair(stand: Stand, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -13,6 +13,8 @@ from adapters.concatenation import ComposingReader
 from adapters.kernel_trial import try_lora
 from adapters.layer import attach
 from adapters.mover import Mover
+from adapters.native_lora import NativeLora
+from adapters.ops.site_group import torch_adder
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from adapters.room import Room
@@ -25,6 +27,7 @@ from base.attention import DecodeAttention
 from base.kernel_check import may_serve
 from base.linear import dequantised_weight
 from base.model import BaseModel
+from base.ops.native_library import native_library
 from engine.blocks import BlockPool
 from engine.client import EngineClient
 from engine.config import EngineConfig
@@ -108,7 +111,7 @@ def build_parts(
     plan = plan_memory(config, base, sites, _slot_dtype(base), num_probe_blocks, for_graphs)
     _log_plan(plan)
     kernels = _kernels(base, sites, config)
-    bank, routing, lora = _attach_adapters(base, sites, config, is_triton=kernels.get("adapters") == "triton")
+    bank, routing, lora = _attach_adapters(base, sites, config, kernels.get("adapters", "torch"))
     num_blocks = plan.kv_bytes // kv_bytes_per_token(base.spec, base.dtype) // config.block_size
     max_model_len = _max_model_len(base, config, num_blocks)
     vision_cache = VisionCache(config.vision_cache_bytes)
@@ -149,16 +152,30 @@ def _slot_dtype(base: BaseModel) -> torch.dtype:
 
 def _kernels(base: BaseModel, sites: SiteTable, config: EngineConfig) -> dict[str, str]:
     """The base's, and who computes adapters; empty where there is no choice. Raises KernelRefused."""
-    if base.device.type != "cuda":
-        return {}
+    if base.device.type not in ("cpu", "cuda"):
+        return dict(base.kernels)
+    is_cpu = base.device.type == "cpu"
+    kind, choice = ("native", config.cpu_adapters) if is_cpu else ("triton", base.config.cuda_kernels)
     dtypes = (_slot_dtype(base), base.dtype)
-    is_triton = may_serve(
+    is_served = may_serve(
         "adapters",
-        lambda: try_lora(base.module, sites, config.max_rank, *dtypes, base.device),
-        base.config.cuda_kernels,
+        lambda: try_lora(base.module, sites, config.max_rank, *dtypes, base.device, _LORA[kind]),
+        choice,
         base.device,
     )
-    return {**base.kernels, "adapters": "triton" if is_triton else "torch"}
+    return {**base.kernels, "adapters": kind if is_served else "torch"}
+
+
+def _native_lora(sites: SiteTable, bank: SlotBank) -> NativeLora:
+    """Raises NativeMissing."""
+    return NativeLora(sites, bank, native_library())
+
+
+_LORA: Final[Mapping[str, Callable[[SiteTable, SlotBank], NativeLora | TritonLora]]] = {
+    "native": _native_lora,
+    "triton": TritonLora,
+}
+"""Who computes adapters other than torch, by the name in ``kernels``."""
 
 
 def graph_attention(base: BaseModel, config: EngineConfig) -> DecodeAttention | None:
@@ -193,12 +210,14 @@ def graph_buffers(
 
 
 def _attach_adapters(
-    base: BaseModel, sites: SiteTable, config: EngineConfig, *, is_triton: bool
+    base: BaseModel, sites: SiteTable, config: EngineConfig, kernel: str
 ) -> tuple[SlotBank, RoutingSet, TritonLora | None]:
+    """kernel: a key of ``_LORA``, or torch. The last returned is what recorded steps must prepare; None without."""
     bank = SlotBank(sites, config.num_slots, config.max_rank, _slot_dtype(base), base.device)
     routing = RoutingSet.on(base.device)
-    lora = attach(base.module, sites, bank, routing, dequantised_weight, is_triton=is_triton)
-    return bank, routing, lora
+    lora = _LORA[kernel](sites, bank) if kernel in _LORA else None
+    attach(base.module, sites, bank, routing, dequantised_weight, torch_adder if lora is None else lora.adder)
+    return bank, routing, lora if isinstance(lora, TritonLora) else None
 
 
 def _log_plan(plan: MemoryPlan) -> None:

@@ -62,6 +62,10 @@ class EngineConfig:
     """Whether decodes are recorded and replayed; auto: where the device and its attention can."""
     step_ahead: Literal["auto", "off"] = "auto"
     """Whether a decode may be started before the tokens of the one before it were read; auto: where it is recorded."""
+    cpu_adapters: Literal["auto", "native", "torch"] = "auto"
+    """Who computes adapters on a CPU: the compiled kernel, or batched products of torch. ``auto`` takes the first where
+    it was compiled and agrees with the second when it is tried at start; ``native`` makes it an error otherwise. Not
+    used on other devices."""
     load_on_demand: bool = True
     """Whether a request may bring its adapter to the device; otherwise it must have been loaded before."""
     starvation_s: float = 1.0

@@ -78,8 +78,9 @@ class Settings(BaseSettings):
     quantization: Literal["nf4", "none"] = _set("nf4", "kind", "4 bits let a 7B base fit 8 GB; none is for comparison.")
     dtype: Literal["bfloat16", "float16", "float32"] = _set("bfloat16", "type", "What the bases were trained in.")
     device: str = _set("auto", "torch device", "auto is CUDA where there is one, else the CPU.")
-    cpu_linear: Literal["auto", "float32", "dequantised", "packed", "unpacked"] = _set(
-        "auto", "kind", "How layers compute on a CPU: auto keeps float32 or, with AVX512-BF16, 16-bit copies.")
+    cpu_linear: Literal["auto", "native", "float32", "dequantised", "packed", "unpacked"] = _set(
+        "auto", "kind", "How layers compute on a CPU: auto takes the compiled kernel, float32 copies where there is "
+        "none, and with AVX512-BF16 16-bit copies.")
     cuda_kernels: Literal["auto", "triton", "torch"] = _set(
         "auto", "kind", "On CUDA: auto takes each Triton kernel that agrees with its plain twin at start, triton "
         "insists, torch takes bitsandbytes and torch.")
@@ -95,6 +96,9 @@ class Settings(BaseSettings):
     num_slots: Count = _set(8, "adapters", "How many are on the device at once; a rank in use takes room for all.")
     max_rank: Annotated[int, Field(ge=1, le=1024)] = _set(64, "rank", "Most published adapters are at or below it.")
     max_adapter_size: ByteSize = _set(2048 * MIB, "bytes", "A package over it is refused before it is read.")
+    cpu_adapters: Literal["auto", "native", "torch"] = _set(
+        "auto", "kind", "On a CPU: auto takes the compiled kernel if it agrees with its plain twin at start, native "
+        "insists.")
     device_adapter_memory: Annotated[ByteSize, Field(ge=1)] | None = _set(
         None, "bytes", "Of the slots' pages together; none leaves it to num_slots and max_rank.")
     host_adapter_memory: ByteSize = _set(1024 * MIB, "bytes", "Adapter weights kept in host memory behind the slots.")
@@ -279,6 +283,7 @@ class Settings(BaseSettings):
             host_adapter_bytes=int(self.host_adapter_memory),
             vision_cache_bytes=int(self.vision_cache_memory),
             cuda_graphs=self.cuda_graphs,
+            cpu_adapters=self.cpu_adapters,
             step_ahead=self.step_ahead,
             load_on_demand=self.load_on_demand,
         )

@@ -30,7 +30,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
 """What a room may import of ours, besides itself; a dotted name allows that module only."""
 
 EXCEPTIONS: Mapping[str, tuple[str, ...]] = {
-    "bench.kernels": ("adapters",),
+    # It times the kernels of both by themselves.
+    "bench.kernels": ("adapters", "base.native_linear", "base.ops.native_library"),
     # What the processor takes and gives back, what it raises, and the frozen facts about the base: plain values.
     "server": ("base.decode", "base.prompt", "base.errors", "base.config", "base.spec"),
     # Offline: builds the base's modules on the meta device to know its linears; no request passes here.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,13 @@ adapter touches keep their bits. Raises ValueError if a row is routed to an empt
 
 Adder = Callable[[SiteGroup], Add]
 """Makes a group's ``Add``; the group lives as long as it."""
+
+
+class AdderOwner(Protocol):
+    """What keeps a kernel's tables in step with one bank: TritonLora, NativeLora."""
+
+    def adder(self, group: SiteGroup) -> Add:
+        """An ``Adder``."""
 
 
 def torch_adder(group: SiteGroup) -> Add:

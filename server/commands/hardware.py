@@ -82,6 +82,11 @@ def read_fast_paths(machine: Machine) -> list[FastPath]:
             "needs avx512_bf16; small bases keep a 16-bit copy instead",
         ),
         FastPath(
+            "cpu compiled",
+            find_spec("base.ops._native") is not None,
+            "linears from 4 bits and adapters on AVX2; compiled at install where there is a C compiler",
+        ),
+        FastPath(
             "triton", has_cuda and has_triton and can_compile, "for GPUs; needs a C compiler at run time"
         ),
     ]

@@ -1,4 +1,4 @@
-"""The trial of Triton's adapters: agreement of every kind of site and rank here, and a planted fault is seen."""
+"""The trial of a kernel's adapters: agreement of every kind of site and rank here, and a planted fault is seen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from adapters import kernel_trial
 from adapters.kernel_trial import try_lora
+from adapters.native_lora import NativeLora
 from adapters.ops import triton_ops
-from adapters.sites import Site
+from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
+from adapters.triton_lora import TritonLora
+from base.kernel_check import error_of
+from base.ops.native_library import has_native_library, native_library
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these, compiled")
@@ -46,7 +50,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def worst(dtype: torch.dtype) -> dict[str, float]:
     """Of each site, the largest error over its output's own size."""
     errors: dict[str, float] = {}
-    for what, found, expected in try_lora(model(), SITES, 16, dtype, dtype, CPU):
+    for what, found, expected in try_lora(model(), SITES, 16, dtype, dtype, CPU, TritonLora):
         assert found.dtype == expected.dtype == dtype
         name = what.split()[0]
         apart = (found - expected).float().norm() / expected.float().norm()
@@ -71,8 +75,19 @@ def merged_model() -> nn.Module:
     return nn.ModuleDict({**dict(model().named_children()), "both": Merged(128, 160)})
 
 
+@pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_kernel_agrees_at_every_step(dtype: torch.dtype) -> None:
+    def native(sites: SiteTable, bank: SlotBank) -> NativeLora:
+        return NativeLora(sites, bank, native_library())
+
+    cases = list(try_lora(merged_model(), SITES, 16, torch.float32, dtype, CPU, native))
+    assert {what.split()[0] for what, _, _ in cases} == {"both", "b", "four"}
+    assert max(error_of(found, expected) for _, found, expected in cases) < 1
+
+
 def test_a_merged_linear_is_tried_whole_and_its_parts_are_not() -> None:
-    cases = list(try_lora(merged_model(), SITES, 16, torch.float32, torch.float32, CPU))
+    cases = list(try_lora(merged_model(), SITES, 16, torch.float32, torch.float32, CPU, TritonLora))
     assert {what.split()[0] for what, _, _ in cases} == {"both", "b", "four"}
     assert {found.shape[1] for what, found, _ in cases if what.startswith("both")} == {160}
     for _, found, expected in cases:
@@ -88,7 +103,9 @@ def test_a_sites_columns_in_anothers_place_are_seen(monkeypatch: pytest.MonkeyPa
         return y.copy_(real(y.clone(), *rest).roll(80, 1)) if y.shape[1] == 160 else real(y, *rest)
 
     monkeypatch.setattr(triton_lora, "add_lora", swapped)
-    for what, found, expected in try_lora(merged_model(), SITES, 16, torch.float32, torch.float32, CPU):
+    for what, found, expected in try_lora(
+        merged_model(), SITES, 16, torch.float32, torch.float32, CPU, TritonLora
+    ):
         assert torch.allclose(found, expected, atol=1e-2) != what.startswith("both")
 
 
@@ -114,7 +131,7 @@ def test_every_step_has_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) ->
         return banks[0]
 
     monkeypatch.setattr(kernel_trial, "_bank", kept)
-    for what, _, expected in try_lora(model(), SITES, 16, torch.float32, torch.float32, CPU):
+    for what, _, expected in try_lora(model(), SITES, 16, torch.float32, torch.float32, CPU, TritonLora):
         rows = int(what.split()[-2])
         y = kernel_trial._numbers(2, rows, expected.shape[1])
         share = float((expected - y).norm() / y.norm())
@@ -125,4 +142,4 @@ def test_every_step_has_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_adapters_of_several_ranks_there_is_still_a_trial() -> None:
-    assert len(list(try_lora(model(), SITES, 1, torch.float32, torch.float32, CPU))) == 9
+    assert len(list(try_lora(model(), SITES, 1, torch.float32, torch.float32, CPU, TritonLora))) == 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from adapters.staging import StagedSite
 from base.float32_linear import Float32Linear
 from base.linear import dequantised_weight, settle_cpu_linears
 from base.merged_linear import LinearPart, MergedLinear
-from tests.support.lora import CPU, make_weights, row_slots
+from base.ops.native_library import has_native_library
+from tests.support.lora import CPU, adder_of, make_weights, row_slots
 
 WIDTHS = {"q_proj": 384, "k_proj": 52, "v_proj": 128}
 SITES = {name: Site(name, 256, width, "language") for name, width in WIDTHS.items()}
@@ -60,7 +62,7 @@ def linears() -> dict[str, nn.Module]:
 class Rig:
     """The same linears and adapters, merged in one holder, apart in the other."""
 
-    def __init__(self, *, is_quantised: bool, is_triton: bool = False) -> None:
+    def __init__(self, *, is_quantised: bool, kernel: Literal["torch", "triton", "native"] = "torch") -> None:
         self.merged = nn.ModuleDict(linears())
         settle_cpu_linears(self.merged, "float32")
         self.apart = nn.ModuleDict({
@@ -72,9 +74,10 @@ class Rig:
         product.is_quantised = is_quantised
         self.banks, self.routings = [], []
         self.staged: dict[str, dict[int, StagedSite]] = {name: {} for name in WIDTHS}
-        for holder, by_triton in ((self.merged, is_triton), (self.apart, False)):
+        for holder in (self.merged, self.apart):
             bank, routing = SlotBank(SITES, len(SLOTS), 64, torch.float32, CPU), RoutingSet.on(CPU)
-            attach(holder, SITES, bank, routing, dequantised_weight, is_triton=by_triton)
+            adder = adder_of(kernel if holder is self.merged else "torch", SITES, bank)
+            attach(holder, SITES, bank, routing, dequantised_weight, adder)
             self.banks.append(bank)
             self.routings.append(routing)
         for slot, (ranks, is_dora) in enumerate(SLOTS):
@@ -155,11 +158,39 @@ def test_random_batches_and_swaps_keep_a_rows_bits() -> None:
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_triton_serves_a_group_by_one_shrink(segments: Segments) -> None:
     pytest.importorskip("triton")
-    rig = Rig(is_quantised=True, is_triton=True)
+    rig = Rig(is_quantised=True, kernel="triton")
     x = rows(sum(count for count, _ in segments)).float()
     whole, parts, apart = rig(x, segments)
     torch.testing.assert_close(whole, apart, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parts, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
+@pytest.mark.parametrize("is_quantised", [True, False])
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_the_compiled_kernel_adds_a_group_as_its_sites_one_by_one(
+    segments: Segments, is_quantised: bool
+) -> None:
+    rig = Rig(is_quantised=is_quantised, kernel="native")
+    x = rows(sum(count for count, _ in segments))
+    whole, parts, _ = rig(x, segments)
+    assert torch.equal(whole, parts)
+    whole, _, apart = rig(x.float(), segments)
+    torch.testing.assert_close(whole, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
+def test_the_compiled_kernel_follows_what_happens_to_slots() -> None:
+    rig = Rig(is_quantised=False, kernel="native")
+    x, segments = rows(6).float(), [(2, 0), (1, -1), (3, 1)]
+    before, _, _ = rig(x, segments)
+    rig.write(1, dict.fromkeys(WIDTHS, 16), is_dora=True, seed=70)
+    after, _, apart = rig(x, segments)
+    torch.testing.assert_close(after, apart, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after[:3], before[:3]) and bool((after[3:] != before[3:]).any(dim=1).all())
+    rig.banks[0].clear(1)
+    with pytest.raises(ValueError, match="slot 1, which holds no adapter"):
+        rig(x, segments)
 
 
 def test_a_merged_linear_is_wrapped_whole_and_restored() -> None:

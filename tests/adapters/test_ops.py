@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from adapters.ops.reference import lora_rows
 from adapters.ops.site_group import torch_adder
 from adapters.ops.torch_ops import Rounding
 from adapters.staging import StagedSite
+from base.ops.native_library import has_native_library
 from tests.support.lora import Bench, make_weights, row_slots
 
 RANKS = (1, 4, 8, 16, 64)
 Segments = Sequence[tuple[int, int]]
+Kernel = Literal["torch", "native"]
 
 SEGMENTS: dict[str, Segments] = {
     "one token": [(1, 0)],
@@ -31,11 +34,24 @@ SEGMENTS: dict[str, Segments] = {
 }
 
 
+@pytest.fixture(params=["torch", "native"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Who computes: both are held to the same."""
+    if request.param == "native" and not has_native_library():
+        pytest.skip("the compiled kernels are not here")
+    name: Kernel = request.param
+    return name
+
+
 def loaded(
-    num_out: int, ranks: Sequence[int], dora: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16
+    kernel: Kernel,
+    num_out: int,
+    ranks: Sequence[int],
+    dora: Sequence[int] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Bench, dict[int, StagedSite]]:
     """A 256-wide linear with one adapter a slot, and the same weights for the reference."""
-    bench = Bench({"l": (256, num_out)}, dtype=dtype)
+    bench = Bench({"l": (256, num_out)}, dtype=dtype, kernel=kernel)
     staged = {}
     for slot, rank in enumerate(ranks):
         weights = make_weights(slot, {"l": rank}, bench.sites, is_dora=slot in dora)
@@ -51,8 +67,10 @@ def rows(num_rows: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rounding", list(Rounding))
-def test_the_batch_equals_the_plain_loop(segments: Segments, dtype: torch.dtype, rounding: Rounding) -> None:
-    bench, staged = loaded(384, [RANKS[slot % 5] for slot in range(16)], dora=(1, 4, 6), dtype=dtype)
+def test_the_batch_equals_the_plain_loop(
+    kernel: Kernel, segments: Segments, dtype: torch.dtype, rounding: Rounding
+) -> None:
+    bench, staged = loaded(kernel, 384, [RANKS[slot % 5] for slot in range(16)], dora=(1, 4, 6), dtype=dtype)
     layer = bench.module.get_submodule("l")
     assert isinstance(layer, MultiLoraLinear)
     layer._add = torch_adder(replace(layer.group, rounding=rounding))
@@ -68,8 +86,8 @@ def test_the_batch_equals_the_plain_loop(segments: Segments, dtype: torch.dtype,
     assert changed == [slot != -1 for slot in row_slots(segments)]
 
 
-def test_a_planted_row_swap_is_seen() -> None:
-    bench, staged = loaded(384, RANKS)
+def test_a_planted_row_swap_is_seen(kernel: Kernel) -> None:
+    bench, staged = loaded(kernel, 384, RANKS)
     x = rows(5)
     segments = [(1, slot) for slot in range(5)]
     swapped = [(1, slot) for slot in (1, 0, 2, 3, 4)]
@@ -93,9 +111,9 @@ def alone(bench: Bench, name: str, x: Tensor, slot: int) -> Tensor:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("num_out", [52, 256, 384, 1540])
-def test_a_row_has_the_same_bits_in_every_batch(num_out: int) -> None:
+def test_a_row_has_the_same_bits_in_every_batch(kernel: Kernel, num_out: int) -> None:
     """Batches of 64 rows, drawn from eight, each of which is computed alone with each slot and on the base."""
-    bench, _ = loaded(num_out, [random.Random(num_out).choice(RANKS) for _ in range(16)], dora=(2, 9))
+    bench, _ = loaded(kernel, num_out, [random.Random(num_out).choice(RANKS) for _ in range(16)], dora=(2, 9))
     x = rows(8, seed=num_out)
     single = {slot: [alone(bench, "l", x[i : i + 1], slot)[0] for i in range(8)] for slot in range(16)}
     single[-1] = [bench.base("l", x[i : i + 1])[0] for i in range(8)]
@@ -114,8 +132,8 @@ def test_a_row_has_the_same_bits_in_every_batch(num_out: int) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_long_prefill_has_the_same_bits_as_its_chunks_and_as_decodes(rank: int) -> None:
-    bench, _ = loaded(384, [rank, 8, 64])
+def test_a_long_prefill_has_the_same_bits_as_its_chunks_and_as_decodes(kernel: Kernel, rank: int) -> None:
+    bench, _ = loaded(kernel, 384, [rank, 8, 64])
     x = rows(420)
     whole = alone(bench, "l", x, 0)
     for size in (1, 3, 4, 17, 64, 250, 300):
@@ -129,11 +147,11 @@ def test_a_long_prefill_has_the_same_bits_as_its_chunks_and_as_decodes(rank: int
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_neither_slot_nor_number_of_slots_nor_max_rank_matters(rank: int) -> None:
+def test_neither_slot_nor_number_of_slots_nor_max_rank_matters(kernel: Kernel, rank: int) -> None:
     x = rows(23)
     results = []
     for num_slots, max_rank, slot in ((1, rank, 0), (8, 16 if rank <= 16 else 64, 5), (40, 128, 39)):
-        bench = Bench({"l": (256, 384)}, num_slots=num_slots, max_rank=max_rank)
+        bench = Bench({"l": (256, 384)}, num_slots=num_slots, max_rank=max_rank, kernel=kernel)
         for other in range(num_slots):
             bench.bank.write(other, make_weights(100 + other, {"l": min(8, rank)}, bench.sites))
         bench.bank.write(slot, make_weights(1, {"l": rank}, bench.sites))
@@ -142,8 +160,8 @@ def test_neither_slot_nor_number_of_slots_nor_max_rank_matters(rank: int) -> Non
     assert torch.equal(results[0], results[2])
 
 
-def test_rows_that_are_not_finite_stay_in_their_own_request() -> None:
-    bench, _ = loaded(384, RANKS, dora=(2,))
+def test_rows_that_are_not_finite_stay_in_their_own_request(kernel: Kernel) -> None:
+    bench, _ = loaded(kernel, 384, RANKS, dora=(2,))
     x = rows(12)
     segments = [(2, 0), (1, 1), (3, 2), (1, 0), (5, -1)]
     clean = bench.run("l", x, segments)

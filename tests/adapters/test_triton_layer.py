@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.layer import MultiLoraLinear
-from adapters.triton_lora import suits
 from tests.support.lora import Bench, make_weights
 
 pytest.importorskip("triton")
@@ -19,7 +17,7 @@ class Twins:
     """The same linears and adapters, computed both ways."""
 
     def __init__(self) -> None:
-        self.ours = Bench(WIDTHS, num_slots=4, max_rank=16, dtype=torch.float32, is_triton=True)
+        self.ours = Bench(WIDTHS, num_slots=4, max_rank=16, dtype=torch.float32, kernel="triton")
         self.plain = Bench(WIDTHS, num_slots=4, max_rank=16, dtype=torch.float32)
 
     def write(
@@ -88,10 +86,3 @@ def test_a_replays_preparation_refills_the_same_tables() -> None:
     routing.fill([(2, 1), (3, 0)])
     assert twins.ours.triton.prepare(routing) is table
     assert not torch.equal(table.tiles, before)
-
-
-def test_a_cpu_is_not_suited() -> None:
-    assert not suits(torch.device("cpu"))
-    bench = Bench({"l": (8, 8)}, is_triton=None)
-    assert bench.triton is None
-    assert isinstance(bench.module.get_submodule("l"), MultiLoraLinear)

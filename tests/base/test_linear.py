@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 import base.linear
 from base.float32_linear import Float32Linear
+from base.four_bit import quant_state
 from base.linear import (
     DequantisedLinear,
     PackedLinear,
     can_pack,
     dequantised_weight,
-    quant_state,
     settle_cpu_linears,
     unpack,
 )
+from base.native_linear import NativeLinear
 
 
 def four_bit(
@@ -86,7 +87,9 @@ def test_a_linear_packed_behind_our_back_is_refused() -> None:
         dequantised_weight(linear)
 
 
-TOLERANCE = {Linear4bit: 0.0, DequantisedLinear: 0.0, Float32Linear: 2**-8, PackedLinear: 0.02}
+TOLERANCE = {
+    Linear4bit: 0.0, DequantisedLinear: 0.0, Float32Linear: 2**-8, NativeLinear: 2**-8, PackedLinear: 0.02,
+}  # fmt: skip
 """Of the largest result: sums in another order are one rounding apart, packed scales 0.3 % each."""
 
 
@@ -136,9 +139,10 @@ def test_a_linear_kept_in_float32_counts_its_bytes_and_says_what_it_came_from() 
         (True, 1 << 20, DequantisedLinear),
     ],
 )
-def test_auto_keeps_float32_where_bfloat16_is_imitated_and_it_fits(
+def test_without_the_compiled_kernel_auto_keeps_float32_where_bfloat16_is_imitated_and_it_fits(
     has_bf16: bool, limit: int, expected: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(base.linear, "has_native_library", lambda: False)
     monkeypatch.setattr(base.linear, "multiplies_bf16", lambda: has_bf16)
     monkeypatch.setattr(base.linear, "FLOAT32_BYTES_LIMIT", limit)
     holder = nn.ModuleDict(

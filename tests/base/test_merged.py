@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import base.linear
+import base.wide_linears
 from base.config import BaseConfig
 from base.float32_linear import Float32Linear
 from base.linear import dequantised_weight, settle_cpu_linears
@@ -164,7 +165,7 @@ def test_parts_of_a_4_bit_product_have_bitsandbytes_weights(is_fused: bool) -> N
 def apart(odd_folder: Path) -> BaseModel:
     """The same base, nothing merged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base.linear, "groups", lambda linears: [(name,) for name in linears])
+        patch.setattr(base.wide_linears, "groups", lambda linears: [(name,) for name in linears])
         return load_base(BaseConfig(source=str(odd_folder), cpu_linear="float32"))
 
 

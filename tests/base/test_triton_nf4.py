@@ -12,7 +12,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
 
-from base.linear import quant_state
+from base.four_bit import quant_state
 from base.ops import nf4, nf4_ops
 from base.ops.nf4_ahead import DequantiseAhead
 from base.ops.nf4_launch import Nf4Launch, nf4_launch

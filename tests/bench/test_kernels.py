@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from base.ops.native_library import has_native_library
 from bench.floors import LanguageShape, Machine
 from bench.kernel_run import language_shape
 from bench.kernels import Stand, _Bed, time_kernels
@@ -26,7 +27,7 @@ def test_every_kernel_is_timed_at_every_number_of_rows() -> None:
         (kernel, rows) for kernel in ("matmul", "lora", "attention") for rows in (1, 4)
     }
     assert all(each.us > 0 and each.floor_us > 0 for each in timings)
-    num_ways = 3 + has_blocked_product()
+    num_ways = 3 + has_blocked_product() + has_native_library()
     assert len([each for each in timings if each.kernel == "matmul"]) == num_ways * 2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.floors import (
+    NF4_BYTES,
     LanguageShape,
     Machine,
     Step,
@@ -174,12 +175,13 @@ def test_efficiency_is_one_where_the_possible_ratio_is_reached() -> None:
 
 
 def test_where_a_base_may_be_computed_in_two_ways_the_floor_is_the_faster_one() -> None:
-    narrow = Machine(20e9, 10e9, 70e9)
-    both = Machine(20e9, 10e9, 70e9, wide_flops_per_s=70e9)
+    narrow = Machine(12e9, 10e9, 70e9)
+    both = Machine(12e9, 10e9, 70e9, wide_flops_per_s=70e9)
     weights = SHAPE_3B.num_linear_weights + SHAPE_3B.num_head_weights
     few, many = (Step(rows, context=0, base_weight_bytes=2.0) for rows in (1, 16))
     assert base_seconds(SHAPE_3B, few, narrow) == pytest.approx(2 * weights / 10e9)  # operations decide
-    assert base_seconds(SHAPE_3B, few, both) == pytest.approx(4 * weights / 20e9)  # fp32: its bytes do
+    by_bytes = NF4_BYTES * SHAPE_3B.num_linear_weights + 2 * SHAPE_3B.num_head_weights
+    assert base_seconds(SHAPE_3B, few, both) == pytest.approx(by_bytes / 12e9)  # from 4 bits: its bytes do
     assert base_seconds(SHAPE_3B, many, both) == pytest.approx(2 * 16 * weights / 70e9)
     assert both.most_flops_per_s == 70e9 and narrow.most_flops_per_s == 10e9
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from base.config import BaseConfig, CudaKernels
 from base.errors import KernelRefused
 from base.model import BaseModel
+from base.ops.native_library import NativeMissing
 from engine import build
 from engine.config import EngineConfig
 
@@ -60,6 +61,30 @@ def test_whoever_insists_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> No
     assert build._kernels(base_on("cuda", "torch"), {}, EngineConfig())["adapters"] == "torch"
 
 
-def test_a_cpu_has_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("trial", "by"), [(agreeing, "native"), (wrong, "torch")])
+def test_on_a_cpu_adapters_are_the_compiled_kernel_s_where_the_trial_agrees(
+    trial: Callable[..., Iterator[Case]], by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "try_lora", trial)
+    assert build._kernels(base_on("cpu", "triton"), {}, EngineConfig()) == {"adapters": by}
+    assert build._kernels(base_on("cpu"), {}, EngineConfig(cpu_adapters="torch")) == {"adapters": "torch"}
+
+
+def test_whoever_insists_on_the_compiled_kernel_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "try_lora", wrong)
+    with pytest.raises(KernelRefused, match=r"adapters kernel .*set cpu_adapters to torch"):
+        build._kernels(base_on("cpu"), {}, EngineConfig(cpu_adapters="native"))
+
+
+def test_a_kernel_that_was_not_compiled_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> object:
+        raise NativeMissing("they were not compiled")
+
+    monkeypatch.setattr(build, "native_library", missing)
+    with pytest.raises(KernelRefused, match="they were not compiled"):
+        build._kernels(base_on("cpu"), {}, EngineConfig(cpu_adapters="native"))
+
+
+def test_other_devices_have_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "try_lora", None)
-    assert build._kernels(base_on("cpu", "triton"), {}, EngineConfig()) == {}
+    assert build._kernels(base_on("mps"), {}, EngineConfig()) == {}

@@ -102,13 +102,20 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
 
 @pytest.fixture(
     scope="module",
-    params=[("pocket", "dequantised"), ("pocket", "float32"), ("odd", "dequantised")],
+    params=[
+        ("pocket", "dequantised"),
+        ("pocket", "float32"),
+        ("pocket", "auto"),
+        ("odd", "dequantised"),
+        ("odd", "auto"),
+    ],
     ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def pair(
     request: pytest.FixtureRequest, oracles: Oracles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    """The pocket base, and a random one with 7B's ratios, an untied head and the older key layout."""
+    """The pocket base, and a random one with 7B's ratios, an untied head and the older key layout; ``auto`` is the
+    compiled linear where it is to be had."""
     kind, way = request.param
     checkpoint, packages, oracle = oracles.of(kind)
     rig = Rig(str(checkpoint), tmp_path_factory.mktemp("parity"), cpu_linear=way)

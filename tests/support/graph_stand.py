@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.layer import attach
+from adapters.ops.site_group import torch_adder
 from adapters.routing import RoutingSet
 from adapters.sites import discover_sites
 from adapters.slots import SlotBank
@@ -58,9 +59,9 @@ class Stand:
         self.sites = {name: site for name, site in discover_sites(base.module).items() if _is_adapted(name)}
         self.bank = SlotBank(self.sites, NUM_SLOTS, 32, slot_dtype, base.device)
         self.routing = RoutingSet.on(base.device)
-        self.lora: TritonLora | None = attach(
-            base.module, self.sites, self.bank, self.routing, dequantised_weight, is_triton=has_triton
-        )
+        self.lora = TritonLora(self.sites, self.bank) if has_triton else None
+        adder = torch_adder if self.lora is None else self.lora.adder
+        attach(base.module, self.sites, self.bank, self.routing, dequantised_weight, adder)
         self.eager, self.eager_cache = self._runner()
         self.recorded, self.cache = self._runner()
         self._free = list(torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(0)).tolist())

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adapters.layer import attach
+from adapters.native_lora import NativeLora
+from adapters.ops.site_group import Adder, AdderOwner, torch_adder
 from adapters.ref import AdapterRef
 from adapters.routing import RoutingSet
-from adapters.sites import Site
+from adapters.sites import Site, SiteTable
 from adapters.slots import SlotBank
+from adapters.triton_lora import TritonLora
 from adapters.weights import AdapterWeights, SiteWeights
+from base.ops.native_library import native_library
 
 CPU = torch.device("cpu")
 
@@ -64,15 +69,15 @@ class Bench:
         num_slots: int = 16,
         max_rank: int = 64,
         dtype: torch.dtype = torch.bfloat16,
-        is_triton: bool | None = False,
+        kernel: Literal["torch", "triton", "native"] = "torch",
     ) -> None:
         self.module = Tiny(widths, dtype)
         self.sites = {name: Site(name, *each, "language") for name, each in widths.items()}
         self.bank = SlotBank(self.sites, num_slots, max_rank, torch.float32, CPU)
         self.routing = RoutingSet.on(CPU)
-        self.triton = attach(
-            self.module, self.sites, self.bank, self.routing, plain_weight, is_triton=is_triton
-        )
+        self.triton = TritonLora(self.sites, self.bank) if kernel == "triton" else None
+        adder = adder_of(kernel, self.sites, self.bank) if self.triton is None else self.triton.adder
+        attach(self.module, self.sites, self.bank, self.routing, plain_weight, adder)
 
     def run(self, name: str, x: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
         self.routing.language.fill(segments)
@@ -84,6 +89,15 @@ class Bench:
         with torch.inference_mode():
             result: Tensor = self.module.get_submodule(name).get_submodule("base")(x)
         return result
+
+
+def adder_of(kernel: Literal["torch", "triton", "native"], sites: SiteTable, bank: SlotBank) -> Adder:
+    if kernel == "torch":
+        return torch_adder
+    owner: AdderOwner = (
+        TritonLora(sites, bank) if kernel == "triton" else NativeLora(sites, bank, native_library())
+    )
+    return owner.adder
 
 
 def plain_weight(linear: nn.Module) -> Tensor:

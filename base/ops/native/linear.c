@@ -1,0 +1,302 @@
+/* y = x W^T + bias on a CPU, W kept in 4 bits or in bfloat16 and widened on its way through the registers.
+ *
+ * A weight is read once a call, in the order in which it lies. In 4 bits, 64 inputs of an output (a block, one scale) are
+ * eight 32-bit lanes of eight codes, lane i holding inputs i, 8 + i, 16 + i, ...; its 16 possible values, scaled and
+ * rounded as bitsandbytes does, are two vectors, from which a permutation takes eight weights by three bits of their
+ * codes and the fourth chooses the half. Up to FEW_ROWS rows are multiplied with the weights in registers; more with
+ * eight outputs' weights unpacked into the first-level cache, three rows by four outputs at a time.
+ *
+ * A row has the same bits for every number of rows and threads: each number of y is one thread's eight partial sums over
+ * the input in steps of eight, then a tree. Loaded through ctypes, after torch, whose OpenMP runtime it uses.
+ */
+#include "vectors.h"
+
+#ifdef LORIKEET_HAS_KERNELS
+
+enum { OUTS = 8 };      /* outputs that are computed together, and lie together */
+enum { BLOCK = 64 };    /* inputs under one scale */
+enum { FEW_ROWS = 8, PANEL_ROWS = 64 };
+enum { FEW_INPUTS = 256, MANY_INPUTS = 512 }; /* at a time: what of x, and of unpacked weights, the first cache holds */
+enum { AHEAD_BLOCKS = 4 }; /* of four bits */
+enum { HALVES_A_LINE = 32 }; /* a row of halves is short: the next group's is asked for while this one's is used */
+enum { FORMAT_FOUR_BIT, FORMAT_BFLOAT16 };
+
+typedef struct {
+  const char *weight;  /* 4 bits: codes [out / 8, in / 64, 8, 8] uint32; else [out, in] bfloat16 */
+  const float *scales; /* [out / 8, in / 64, 8]; 4 bits only */
+  const float *bias;   /* [out] or null */
+  const float *values; /* [16] what the codes stand for; 4 bits only */
+  int64_t num_in, num_out, format, is_rounded;
+} Linear;
+
+typedef struct {
+  const Linear *of;
+  const float *x; /* [rows, x_stride] */
+  int64_t x_stride, num_rows;
+  char *y;
+  int64_t y_stride, y_type;
+} Product;
+
+/* Eight outputs' weights, from some input on: four-bit codes and scales, or halves. */
+typedef struct {
+  const __m256i *codes;
+  const float *scales;
+  const uint16_t *halves;
+} Group;
+
+INLINE Group group_at(const Linear *of, int64_t out, int64_t input) {
+  const int64_t block = out * (of->num_in / BLOCK) + input / BLOCK * OUTS;
+  const Group group = {(const __m256i *)of->weight + block, of->scales + block,
+                       (const uint16_t *)of->weight + out * of->num_in + input};
+  return group;
+}
+
+/* The 16 weights that a block may have, as two vectors. */
+INLINE void table_of(const Linear *of, float scale, __m256 *low, __m256 *high) {
+  const __m256 factor = _mm256_set1_ps(scale);
+  *low = _mm256_mul_ps(_mm256_loadu_ps(of->values), factor);
+  *high = _mm256_mul_ps(_mm256_loadu_ps(of->values + 8), factor);
+  if (of->is_rounded) {
+    *low = rounded(*low);
+    *high = rounded(*high);
+  }
+}
+
+/* The weights of the lowest code of each lane. */
+INLINE __m256 weights_of(__m256i codes, __m256 low, __m256 high) {
+  const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), is_high);
+}
+
+INLINE __m256 halves_at(const uint16_t *from) { return widened(_mm_loadu_si128((const __m128i *)from)); }
+
+/* ---- few rows: weights in registers ------------------------------------------------------------------------------ */
+
+INLINE void few_four_bit(const Linear *of, const int num_rows, const float *x, int64_t x_stride, Group group,
+                         int64_t num_in, __m256 (*sums)[OUTS]) {
+  for (int out = 0; out < OUTS; out++) {
+    __m256 own[FEW_ROWS];
+    UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row][out];
+    for (int64_t block = 0; block < num_in / BLOCK; block++) {
+      const int64_t at = block * OUTS + out;
+      const float *values = x + block * BLOCK;
+      __m256 low, high;
+      table_of(of, group.scales[at], &low, &high);
+      __m256i codes = _mm256_loadu_si256(group.codes + at);
+      _mm_prefetch((const char *)(group.codes + at + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+      /* unrolled, gcc unpacks all eight first and has no register left for the sums */
+      KEEP_ROLLED for (int step = 0; step < BLOCK; step += LANES) {
+        const __m256 weights = weights_of(codes, low, high);
+        codes = _mm256_srli_epi32(codes, 4);
+        UNROLL for (int row = 0; row < num_rows; row++) {
+          own[row] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(values + row * x_stride + step), own[row]);
+        }
+      }
+    }
+    UNROLL for (int row = 0; row < num_rows; row++) sums[row][out] = own[row];
+  }
+}
+
+INLINE void few_halves(const Linear *of, const int num_rows, const float *x, int64_t x_stride, Group group,
+                       int64_t num_in, __m256 (*sums)[OUTS]) {
+  for (int out = 0; out < OUTS; out++) {
+    const uint16_t *halves = group.halves + out * of->num_in;
+    __m256 own[FEW_ROWS];
+    UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row][out];
+    for (int64_t k = 0; k < num_in; k += LANES) {
+      const __m256 weights = halves_at(halves + k);
+      if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + k + OUTS * of->num_in), _MM_HINT_T1);
+      UNROLL for (int row = 0; row < num_rows; row++) {
+        own[row] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + row * x_stride + k), own[row]);
+      }
+    }
+    UNROLL for (int row = 0; row < num_rows; row++) sums[row][out] = own[row];
+  }
+}
+
+/* One row alone: the eight outputs' sums side by side hide each other's latency. */
+INLINE void one_four_bit(const Linear *of, const float *x, Group group, __m256 *sums) {
+  __m256 own[OUTS];
+  UNROLL for (int out = 0; out < OUTS; out++) own[out] = _mm256_setzero_ps();
+  for (int64_t block = 0; block < of->num_in / BLOCK; block++) {
+    UNROLL for (int out = 0; out < OUTS; out++) {
+      const int64_t at = block * OUTS + out;
+      const float *values = x + block * BLOCK;
+      __m256 low, high;
+      table_of(of, group.scales[at], &low, &high);
+      __m256i codes = _mm256_loadu_si256(group.codes + at);
+      if (out % 2 == 0) _mm_prefetch((const char *)(group.codes + at + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+      UNROLL for (int step = 0; step < BLOCK; step += LANES) {
+        own[out] = _mm256_fmadd_ps(weights_of(codes, low, high), _mm256_loadu_ps(values + step), own[out]);
+        codes = _mm256_srli_epi32(codes, 4);
+      }
+    }
+  }
+  UNROLL for (int out = 0; out < OUTS; out++) sums[out] = own[out];
+}
+
+INLINE void one_halves(const Linear *of, const float *x, Group group, __m256 *sums) {
+  __m256 own[OUTS];
+  UNROLL for (int out = 0; out < OUTS; out++) own[out] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < of->num_in; k += LANES) {
+    const __m256 values = _mm256_loadu_ps(x + k);
+    UNROLL for (int out = 0; out < OUTS; out++) {
+      const uint16_t *halves = group.halves + out * of->num_in + k;
+      own[out] = _mm256_fmadd_ps(halves_at(halves), values, own[out]);
+      if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + OUTS * of->num_in), _MM_HINT_T1);
+    }
+  }
+  UNROLL for (int out = 0; out < OUTS; out++) sums[out] = own[out];
+}
+
+FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OUTS]) {
+  const Linear *of = product->of;
+  const int is_four_bit = of->format == FORMAT_FOUR_BIT;
+  if (product->num_rows == 1) {
+    if (is_four_bit) one_four_bit(of, product->x, group_at(of, out, 0), sums[0]);
+    else one_halves(of, product->x, group_at(of, out, 0), sums[0]);
+    return;
+  }
+  memset(sums, 0, sizeof(__m256) * OUTS * product->num_rows);
+  for (int64_t first = 0; first < of->num_in; first += FEW_INPUTS) {
+    const int64_t count = of->num_in - first < FEW_INPUTS ? of->num_in - first : FEW_INPUTS;
+    const Group group = group_at(of, out, first);
+    const float *x = product->x + first;
+    switch (product->num_rows) {
+#define CASE(ROWS)                                                                              \
+  case ROWS:                                                                                    \
+    if (is_four_bit) few_four_bit(of, ROWS, x, product->x_stride, group, count, sums);          \
+    else few_halves(of, ROWS, x, product->x_stride, group, count, sums);                        \
+    break;
+      CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+  }
+}
+
+/* ---- many rows: weights unpacked into the first-level cache -------------------------------------------------------- */
+
+/* to [OUTS, MANY_INPUTS] */
+FAST static void unpack(const Linear *of, Group group, int64_t num_in, float *to) {
+  if (of->format == FORMAT_FOUR_BIT) {
+    for (int64_t at = 0; at < num_in / BLOCK * OUTS; at++) {
+      float *block = to + at % OUTS * MANY_INPUTS + at / OUTS * BLOCK;
+      __m256 low, high;
+      table_of(of, group.scales[at], &low, &high);
+      __m256i codes = _mm256_loadu_si256(group.codes + at);
+      if (at % 2 == 0) _mm_prefetch((const char *)(group.codes + at + 2 * AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+      UNROLL for (int step = 0; step < BLOCK; step += LANES) {
+        _mm256_store_ps(block + step, weights_of(codes, low, high));
+        codes = _mm256_srli_epi32(codes, 4);
+      }
+    }
+    return;
+  }
+  for (int out = 0; out < OUTS; out++) {
+    const uint16_t *halves = group.halves + out * of->num_in;
+    for (int64_t k = 0; k < num_in; k += LANES) {
+      _mm256_store_ps(to + out * MANY_INPUTS + k, halves_at(halves + k));
+      if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + k + OUTS * of->num_in), _MM_HINT_T1);
+    }
+  }
+}
+
+/* num_rows rows, at most three, by four outputs: twelve sums, enough to keep two multiply-adds a cycle busy. */
+INLINE void tile(const int num_rows, const float *x, int64_t x_stride, const float *weights, int64_t num_in,
+                 __m256 (*sums)[OUTS], const int first) {
+  __m256 own[3][4];
+  UNROLL for (int row = 0; row < num_rows; row++)
+    UNROLL for (int out = 0; out < 4; out++) own[row][out] = sums[row][first + out];
+  for (int64_t k = 0; k < num_in; k += LANES) {
+    const float *at = weights + first * MANY_INPUTS + k;
+    const __m256 w0 = _mm256_load_ps(at), w1 = _mm256_load_ps(at + MANY_INPUTS);
+    const __m256 w2 = _mm256_load_ps(at + 2 * MANY_INPUTS);
+    UNROLL for (int row = 0; row < num_rows; row++) {
+      const __m256 values = _mm256_loadu_ps(x + row * x_stride + k);
+      own[row][0] = _mm256_fmadd_ps(values, w0, own[row][0]);
+      own[row][1] = _mm256_fmadd_ps(values, w1, own[row][1]);
+      own[row][2] = _mm256_fmadd_ps(values, w2, own[row][2]);
+      /* the fourth has no register left and is read each time */
+      own[row][3] = _mm256_fmadd_ps(values, _mm256_load_ps(at + 3 * MANY_INPUTS), own[row][3]);
+    }
+  }
+  UNROLL for (int row = 0; row < num_rows; row++)
+    UNROLL for (int out = 0; out < 4; out++) sums[row][first + out] = own[row][out];
+}
+
+FAST static void many_rows(const Product *product, int64_t out, int64_t first_row, int num_rows, float *unpacked,
+                           __m256 (*sums)[OUTS]) {
+  const Linear *of = product->of;
+  const int64_t stride = product->x_stride;
+  memset(sums, 0, sizeof(__m256) * OUTS * num_rows);
+  for (int64_t first = 0; first < of->num_in; first += MANY_INPUTS) {
+    const int64_t count = of->num_in - first < MANY_INPUTS ? of->num_in - first : MANY_INPUTS;
+    unpack(of, group_at(of, out, first), count, unpacked);
+    for (int row = 0; row < num_rows;) {
+      const float *x = product->x + (first_row + row) * stride + first;
+      const int left = num_rows - row;
+      const int taken = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
+      for (int half = 0; half < OUTS; half += 4) {
+        switch (taken) {
+        case 1: tile(1, x, stride, unpacked, count, sums + row, half); break;
+        case 2: tile(2, x, stride, unpacked, count, sums + row, half); break;
+        default: tile(3, x, stride, unpacked, count, sums + row, half);
+        }
+      }
+      row += taken;
+    }
+  }
+}
+
+/* ---- a call -------------------------------------------------------------------------------------------------------- */
+
+FAST static void finish(const Product *product, int64_t out, int64_t first_row, int num_rows, __m256 (*sums)[OUTS]) {
+  const float *bias = product->of->bias;
+  for (int row = 0; row < num_rows; row++) {
+    char *y = product->y + ((first_row + row) * product->y_stride + out) * size_of(product->y_type);
+    __m256 sum = sums_of(sums[row]);
+    if (bias) sum = _mm256_add_ps(sum, _mm256_loadu_ps(bias + out));
+    store(y, product->y_type == TYPE_BFLOAT16 ? rounded(sum) : sum, product->y_type);
+  }
+}
+
+FAST static void unit(const Product *product, int64_t out) {
+  __m256 sums[PANEL_ROWS][OUTS];
+  if (product->num_rows <= FEW_ROWS) {
+    few_rows(product, out, sums);
+    finish(product, out, 0, (int)product->num_rows, sums);
+    return;
+  }
+  float unpacked[OUTS * MANY_INPUTS] __attribute__((aligned(BYTES_A_LINE)));
+  for (int64_t first = 0; first < product->num_rows; first += PANEL_ROWS) {
+    const int64_t left = product->num_rows - first;
+    const int num_rows = (int)(left < PANEL_ROWS ? left : PANEL_ROWS);
+    many_rows(product, out, first, num_rows, unpacked, sums);
+    finish(product, out, first, num_rows, sums);
+  }
+}
+
+/* Rows of x and y may lie apart, strides in numbers. out is a multiple of 8, in of 64 (4 bits) or 8. Returns 0, or 1 where
+ * there is no memory for the widened x. */
+int lorikeet_linear(const Linear *of, const char *x, int64_t x_stride, int64_t x_type, char *y, int64_t y_stride,
+                    int64_t y_type, int64_t num_rows, int64_t num_threads) {
+  const int64_t num_in = of->num_in;
+  const int is_wide = x_type == TYPE_FLOAT32;
+  float *wide = is_wide ? 0 : lorikeet_scratch((size_t)(num_rows * num_in));
+  if (!is_wide && !wide) return 1;
+  const Product product = {of, is_wide ? (const float *)x : wide, is_wide ? x_stride : num_in, num_rows,
+                           y,  y_stride, y_type};
+  const int threads = threads_for(num_rows * num_in * of->num_out, num_threads);
+#pragma omp parallel num_threads(threads)
+  {
+    if (!is_wide) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < num_rows; row++)
+        widen_row((const uint16_t *)x + row * x_stride, wide + row * num_in, num_in);
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t group = 0; group < of->num_out / OUTS; group++) unit(&product, group * OUTS);
+  }
+  return 0;
+}
+#endif
