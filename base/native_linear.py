@@ -55,11 +55,10 @@ class FourBitRows:
         """From bitsandbytes' unpacked codes [out * in / 2, 1] uint8. The weight must suit (``suits_four_bit``)."""
         num_out, num_in = state.shape
         pairs = data.reshape(-1)
-        nibbles = torch.stack((pairs >> 4, pairs & 0xF), -1).reshape(num_out, num_in // BLOCK, LANES, LANES)
-        shifts = torch.arange(0, 4 * LANES, 4).view(LANES, 1)
-        # 32 bits whose highest may be set: summed in 64, then cut
-        lanes = (nibbles.to(torch.int64) << shifts).sum(2)
-        codes = torch.from_numpy(lanes.numpy().astype(np.uint32).view(np.int32))
+        steps = torch.stack((pairs >> 4, pairs & 0xF), -1).reshape(num_out, num_in // BLOCK, LANES, LANES)
+        codes = torch.zeros(num_out, num_in // BLOCK, LANES, dtype=torch.int32)
+        for step in range(LANES):
+            codes |= steps[:, :, step].to(torch.int32) << 4 * step
         return cls(
             _grouped(codes),
             _grouped(_scales(state).reshape(num_out, num_in // BLOCK)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from base.config import CpuAdapters
+
 DEFAULT_KV_BYTES = 256 << 20
 """Where neither its size nor a budget for all is given."""
 
@@ -62,7 +64,7 @@ class EngineConfig:
     """Whether decodes are recorded and replayed; auto: where the device and its attention can."""
     step_ahead: Literal["auto", "off"] = "auto"
     """Whether a decode may be started before the tokens of the one before it were read; auto: where it is recorded."""
-    cpu_adapters: Literal["auto", "native", "torch"] = "auto"
+    cpu_adapters: CpuAdapters = "auto"
     """Who computes adapters on a CPU: the compiled kernel, or batched products of torch. ``auto`` takes the first where
     it was compiled and agrees with the second when it is tried at start; ``native`` makes it an error otherwise. Not
     used on other devices."""

@@ -28,6 +28,7 @@ from adapters.ref import BASE, AdapterRef
 from adapters.registry import Registry
 from adapters.sites import discover_sites
 from adapters.validation import Limits
+from base.config import CpuAdapters
 from base.model import BaseModel
 from base.prompt import PromptInputs
 from engine.build import build_engine
@@ -53,14 +54,23 @@ _ANYWHERE = Path("/")
 class OfflineEngine:
     """Until ``close`` the base's linears are the engine's. Afterwards another may be made over the same base."""
 
-    def __init__(self, base: BaseModel, *, kv_bytes: int = 512 << 20, scratch: Path | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        kv_bytes: int = 512 << 20,
+        scratch: Path | None = None,
+        cpu_adapters: CpuAdapters = "auto",
+    ) -> None:
         """Cheap: the engine is built at the first question, when it is known how long the prompts are.
 
         ``kv_bytes`` bounds the KV memory unless a single prompt needs more; ``scratch`` is where packages are copied
-        while it lives (the system's temporary folder, if not given).
+        while it lives (the system's temporary folder, if not given). ``cpu_adapters`` as a server's: with ``torch`` a
+        CPU adds adapters by the products that PEFT would use.
         """
         self._base = base
         self._kv_bytes = kv_bytes
+        self._cpu_adapters: CpuAdapters = cpu_adapters
         self._folder = tempfile.TemporaryDirectory(prefix="lorikeet-offline-", dir=scratch)
         limits = Limits(max_rank=MAX_RANK, max_package_bytes=MAX_PACKAGE_BYTES)
         self._registry = Registry(
@@ -175,6 +185,7 @@ class OfflineEngine:
             max_waiting=sys.maxsize,
             max_waiting_tokens=sys.maxsize,
             host_adapter_bytes=0,  # the store is as near
+            cpu_adapters=self._cpu_adapters,
         )
 
     def _stop(self) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from adapters.ops.torch_ops import Rounding
 
 PANEL_ROWS: Final = 64
-"""Most rows of one slot that are computed together: their part of x stays in the second-level cache."""
+"""Most rows of one slot that are computed together (lora.c has room for no more): their part of x stays in the
+second-level cache."""
 TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _ROUNDINGS: Final = {Rounding.DELTA: 0, Rounding.SUM: 1}
 _NUMBER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p

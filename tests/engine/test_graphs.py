@@ -39,7 +39,7 @@ PLAIN = PlainDecodeAttention(MAX_BLOCKS)
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """Over a random base that is small, since the interpreter runs its linears' tiles one by one."""
     folder = make_checkpoint(tmp_path_factory.mktemp("graphs"), hidden=128, mlp=192, layers=1)
-    base = load_base(BaseConfig(source=str(folder), device="cpu"))
+    base = load_base(BaseConfig(source=str(folder), device="cpu", cpu_linear="float32"))
     shorten(base, PLAIN)
     stand = Stand(base, torch.float32)
     stand.record(Tape())  # before any adapter is there, as an engine does

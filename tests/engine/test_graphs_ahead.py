@@ -41,7 +41,7 @@ PLAIN = PlainDecodeAttention(MAX_BLOCKS)
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    base = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu"))
+    base = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu", cpu_linear="float32"))
     shorten(base, PLAIN)
     stand = Stand(base, torch.float32)
     stand.record(Tape(), max_rows=4)
@@ -185,7 +185,7 @@ class NoAdapters:
 
 
 def test_an_engine_over_recordings_is_the_same_ahead_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu"))
+    base = load_base(BaseConfig(source=str(CHECKPOINT), device="cpu", cpu_linear="float32"))
     shorten(base, PLAIN)
     prompts = [
         base.processor.prepare_chat([Message("user", (TextPart(text),))])

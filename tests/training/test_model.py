@@ -188,7 +188,9 @@ def test_logits_are_those_of_the_engine_with_the_saved_package_to_the_bit(
     with model.disabled():
         without = [model.logits(batch_of(bf16, [each]))[-1] for each in rows]
     with model.bare():
-        engine = OfflineEngine(bf16)
+        engine = OfflineEngine(
+            bf16, cpu_adapters="torch"
+        )  # the compiled kernel sums in another order than PEFT
         for each, trained, untrained in zip(rows, ours, without, strict=True):
             assert torch.equal(trained, engine.last_logits(prompt_of(bf16, each), tmp_path))
             assert torch.equal(untrained, engine.last_logits(prompt_of(bf16, each), None))

@@ -4,7 +4,7 @@
  * run of rows of one slot, h = x A^T (shrink), then y += h B^T (expand), rounded as PEFT does (adapters.ops.torch_ops).
  *
  * A row has the same bits in every batch: each number of h and y is one thread's sum, in one fixed order (eight partial
- * sums over the input in steps of eight, then a tree; the same over the rank), whatever rows stand beside it and
+ * sums over the input in steps of eight, then a tree; over the ranks one after another), whatever rows stand beside it and
  * however the work is cut. Hence fused multiply-adds are written out, and contraction is off.
  *
  * Nothing here is Python's: it is loaded through ctypes, after torch, whose OpenMP runtime (and so its threads) it uses.
@@ -13,6 +13,7 @@
 
 #ifdef LORIKEET_HAS_KERNELS
 
+enum { MOST_ROWS = 64, RANKS_TRANSPOSED = 64 }; /* of a panel; at once */
 enum { RANKS_AT_ONCE = 8, COLUMNS_AT_ONCE = 256, FLOATS_A_LINE = 16 };
 enum { PREFETCHED_FLOATS = 128 }; /* weights come from memory once a step: half as fast without a hint */
 enum { ROUND_DELTA = 0, ROUND_SUM = 1 };
@@ -30,7 +31,7 @@ typedef struct {
   int64_t num_sites, num_slots, num_in, rounding;
 } Linears;
 
-/* A run of rows of one slot: order[start .. start + count) are their places in x and y. */
+/* At most MOST_ROWS rows of one slot: order[start .. start + count) are their places in x and y. */
 typedef struct {
   int32_t slot, start, count;
 } Panel;
@@ -151,16 +152,58 @@ INLINE __m256 with_dora(__m256 y, __m256 delta, const float *scale, const char *
   return _mm256_add_ps(y, _mm256_add_ps(kept, _mm256_mul_ps(m, delta)));
 }
 
-/* Eight columns of one row. h [rank] is its hidden row, b eight rows of B. */
-INLINE __m256 delta_of(const float *h, const float *b, int64_t rank) {
-  __m256 sums[8];
-  const __m256 first = _mm256_loadu_ps(h);
-  UNROLL for (int i = 0; i < 8; i++) sums[i] = _mm256_mul_ps(first, _mm256_loadu_ps(b + i * rank));
-  for (int64_t k = LANES; k < rank; k += LANES) {
-    const __m256 values = _mm256_loadu_ps(h + k);
-    UNROLL for (int i = 0; i < 8; i++) sums[i] = _mm256_fmadd_ps(values, _mm256_loadu_ps(b + i * rank + k), sums[i]);
+/* Eight rows of B, eight ranks of each -> eight vectors, one a rank. */
+INLINE void transpose(const float *b, int64_t stride, __m256 *to) {
+  __m256 r[8], t[8];
+  UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(b + i * stride);
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
-  return sums_of(sums);
+  UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    to[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    to[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+}
+
+/* sums [num_rows] of eight columns, each over the ranks in order; h [num_rows, stride], b [num_ranks]. */
+INLINE void expand_rows(const int num_rows, const float *h, int64_t stride, const __m256 *b, int64_t num_ranks,
+                        __m256 *sums) {
+  __m256 own[8];
+  UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row];
+  for (int64_t rank = 0; rank < num_ranks; rank++) {
+    const __m256 weights = b[rank];
+    UNROLL for (int row = 0; row < num_rows; row++)
+      own[row] = _mm256_fmadd_ps(_mm256_broadcast_ss(h + row * stride + rank), weights, own[row]);
+  }
+  UNROLL for (int row = 0; row < num_rows; row++) sums[row] = own[row];
+}
+
+/* Eight columns of a panel's rows. h [num_rows, stride] are its hidden rows, b eight rows of B. */
+INLINE void deltas_of(const float *h, int64_t stride, int num_rows, const float *b, int64_t rank, __m256 *deltas) {
+  __m256 weights[RANKS_TRANSPOSED];
+  memset(deltas, 0, sizeof(__m256) * num_rows);
+  for (int64_t first = 0; first < rank; first += RANKS_TRANSPOSED) {
+    const int64_t count = rank - first < RANKS_TRANSPOSED ? rank - first : RANKS_TRANSPOSED;
+    for (int64_t k = 0; k < count; k += LANES) transpose(b + first + k, rank, weights + k);
+    for (int row = 0; row < num_rows;) {
+      const float *at = h + row * stride + first;
+      const int left = num_rows - row, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      switch (taken) {
+      case 8: expand_rows(8, at, stride, weights, count, deltas + row); break;
+      case 4: expand_rows(4, at, stride, weights, count, deltas + row); break;
+      case 2: expand_rows(2, at, stride, weights, count, deltas + row); break;
+      default: expand_rows(1, at, stride, weights, count, deltas + row);
+      }
+      row += taken;
+    }
+  }
 }
 
 INLINE __m256 joined(__m256 y, __m256 delta, int64_t type, int64_t rounding) {
@@ -175,11 +218,14 @@ FAST static void expand_panel(const Step *step, const Panel *panel, const int64_
   const float *b = (const float *)(intptr_t)entry[FIELD_B];
   const float *scale = (const float *)(intptr_t)entry[FIELD_SCALE];
   const char *bias = (const char *)(intptr_t)site->bias;
+  const float *hidden = step->hidden + panel->start * step->hidden_stride + hidden_column;
   const int64_t end = first + COLUMNS_AT_ONCE < site->width ? first + COLUMNS_AT_ONCE : site->width;
   for (int64_t column = first; column < end; column += LANES) {
     for (int64_t ahead = 0; ahead < LANES * rank; ahead += FLOATS_A_LINE)
       _mm_prefetch((const char *)(b + (column + 2 * LANES) * rank + ahead), _MM_HINT_T0);
     const int64_t left = end - column < LANES ? end - column : LANES;
+    __m256 deltas[MOST_ROWS];
+    deltas_of(hidden, step->hidden_stride, panel->count, b + column * rank, rank, deltas);
     for (int row = 0; row < panel->count; row++) {
       const int64_t place = panel->start + row;
       char *y = step->y + (step->order[place] * step->y_stride + site->first_column + column) * size;
@@ -196,7 +242,7 @@ FAST static void expand_panel(const Step *step, const Panel *panel, const int64_
         if (scale) scale_at = memcpy(scale_end, scale_at, left * sizeof(float));
       }
       const __m256 base = load(at, type);
-      const __m256 delta = delta_of(step->hidden + place * step->hidden_stride + hidden_column, b + column * rank, rank);
+      const __m256 delta = deltas[row];
       __m256 sum = scale ? with_dora(base, delta, scale_at, bias_at, site->bias_type, type)
                          : joined(base, delta, type, step->linears->rounding);
       if (type == TYPE_BFLOAT16) sum = rounded(sum);
