@@ -50,18 +50,19 @@ def try_lora(
     chosen = {site.name: site for _, members in kinds.values() for site in members}
     bank = _bank(chosen, max_rank, bank_dtype, device)
     adders, routing = kernel(chosen, bank), Routing(device)
-    groups = {}
+    tried = {}
     for (_, widths, rounding, is_biased), (name, members) in kinds.items():
         bias = _numbers(3, sum(widths)).to(device, dtype) if is_biased else None
-        groups[name] = SiteGroup(tuple(bank.shelf(site.name) for site in members), rounding, bias)
+        group = SiteGroup(tuple(bank.shelf(site.name) for site in members), rounding, bias)
+        tried[name] = group, adders.adder(group), torch_adder(group)
     for segments in STEPS:
         routing.fill(segments)
-        for name, group in groups.items():
+        for name, (group, add, add_plainly) in tried.items():
             num_in, num_out = group.shelves[0].site.in_features, group.columns[-1][1]
             x, y = (_numbers(2, routing.num_rows, width).to(device, dtype) for width in (num_in, num_out))
             found, expected = y.clone(), y.clone()
-            adders.adder(group)(found, x, routing)
-            torch_adder(group)(expected, x, routing)
+            add(found, x, routing)
+            add_plainly(expected, x, routing)
             if torch.equal(expected, y):
                 raise ValueError(f"the trial's adapters leave {name} alone")
             yield f"{name} over {routing.num_rows} rows", found, expected

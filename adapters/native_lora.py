@@ -20,7 +20,7 @@ from adapters.ops.native_ops import NativeSites, Panels
 from adapters.ops.site_group import Add, SiteGroup
 from adapters.routing import Routing
 from adapters.sites import SiteTable
-from adapters.slots import Layout, SlotBank, page_rank
+from adapters.slots import SlotBank, page_rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,10 +40,8 @@ class NativeLora:
             raise ValueError(f"the compiled adapters are float32 on a CPU, not {bank.dtype} on {bank.device}")
         self._library = library
         self._bank = bank
-        self._first = bank.shelf(next(iter(sites)))
         self._max_rank = page_rank(bank.max_rank * RANK_FACTOR)
         self._entries = DeviceTable([bank.shelf(name) for name in sites], bank.device)
-        self._seen: Layout | None = None
         self._steps: dict[Routing, _Step] = {}
 
     def adder(self, group: SiteGroup) -> Add:
@@ -67,17 +65,10 @@ class NativeLora:
 
     def _panels(self, routing: Routing) -> Panels:
         """This step's, with the table in step. Raises ValueError if a row is routed to an empty slot."""
-        if self._first.layout is not self._seen:  # a new one after everything that happens to a slot
-            self._entries.refresh()
-            self._seen = self._first.layout
+        if self._entries.follow():
             self._steps.clear()
         step = self._steps.get(routing)
         if step is None or step.segments is not routing.segments:
-            self._check(routing)
+            self._bank.check_routed(slot for _, slot in routing.segments)
             step = self._steps[routing] = _Step(routing.segments, Panels.of(routing.segments))
         return step.panels
-
-    def _check(self, routing: Routing) -> None:
-        for slot in {slot for _, slot in routing.segments} - {-1}:
-            if slot >= self._bank.num_slots or not self._bank.is_loaded(slot):
-                raise ValueError(f"rows are routed to slot {slot}, which holds no adapter")

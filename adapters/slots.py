@@ -16,7 +16,7 @@ Place in a request's way: step 8, under every linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -224,6 +224,12 @@ class SlotBank:
 
     def is_loaded(self, slot: int) -> bool:
         return self._loaded[slot]
+
+    def check_routed(self, slots: Iterable[int]) -> None:
+        """Raises ValueError if one of them, other than -1, is no slot of this bank or is empty."""
+        for slot in set(slots) - {-1}:
+            if slot >= self.num_slots or not self._loaded[slot]:
+                raise ValueError(f"rows are routed to slot {slot}, which holds no adapter")
 
     def slot_bytes(self, slot: int) -> int:
         """Device bytes of a slot's adapter, padding included; 0 if it is empty."""

@@ -25,7 +25,7 @@ from adapters.ops.torch_ops import Rounding
 from adapters.ops.triton_ops import TritonLinear, add_lora
 from adapters.routing import Routing
 from adapters.sites import SiteTable
-from adapters.slots import Layout, SlotBank, page_rank
+from adapters.slots import SlotBank, page_rank
 
 MIN_ROWS: Final = 16
 
@@ -36,10 +36,8 @@ class TritonLora:
     def __init__(self, sites: SiteTable, bank: SlotBank) -> None:
         self._bank = bank
         self._sites = sites
-        self._first = bank.shelf(next(iter(sites)))
         self._max_rank = page_rank(bank.max_rank * RANK_FACTOR)
         self._entries = DeviceTable([bank.shelf(name) for name in sites], bank.device)
-        self._seen: Layout | None = None
         self._steps: dict[Routing, _Tiles] = {}
 
     def linear(self, names: Sequence[str], rounding: Rounding) -> TritonLinear:
@@ -54,9 +52,7 @@ class TritonLora:
 
         Raises ValueError if a row is routed to an empty slot.
         """
-        if self._first.layout is not self._seen:  # a new one after everything that happens to a slot
-            self._entries.refresh()
-            self._seen = self._first.layout
+        self._entries.follow()
         tiles = self._steps.setdefault(routing, _Tiles(self._bank))
         return tiles.follow(routing)
 
@@ -94,9 +90,7 @@ class _Tiles:
     def follow(self, routing: Routing) -> TileTable:
         if self._current is None or routing.segments is not self._segments:
             slots = [slot for num_rows, slot in routing.segments for _ in range(num_rows)]
-            for slot in set(slots) - {-1}:
-                if slot >= self._bank.num_slots or not self._bank.is_loaded(slot):
-                    raise ValueError(f"rows are routed to slot {slot}, which holds no adapter")
+            self._bank.check_routed(slots)
             self._current = self._table(max(MIN_ROWS, 1 << (len(slots) - 1).bit_length()))
             self._current.fill(slots)
             self._segments = routing.segments

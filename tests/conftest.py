@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before any library reads them: the hub is never asked, and tokenizers start no threads behind a fork.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,15 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 # A shared machine is slow at times, which says nothing about the code; so no deadline for one example.
 settings.register_profile("lorikeet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lorikeet")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """torch's, for one test; other counts by indirect parameters."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

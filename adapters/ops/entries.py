@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters.ops.upload import Upload
-from adapters.slots import Form, Shelf
+from adapters.slots import Form, Layout, Shelf
 
 ENTRY_FIELDS: Final = 4
 _Stamp: TypeAlias = tuple[tuple[Form, ...], tuple[tuple[int, int, int], ...], int]
@@ -34,6 +34,16 @@ class DeviceTable:
         self._places = {shelf.site.name: place for place, shelf in enumerate(self._shelves)}
         self._entries = torch.zeros(shape, dtype=torch.int64, device=device)
         self._upload = Upload(self._entries)
+        self._seen: Layout | None = None
+
+    def follow(self) -> bool:
+        """``refresh`` if anything happened to a slot since the last call, and whether it did; cheap, for every step."""
+        layout = self._shelves[0].layout  # a new one after everything that happens to a slot
+        if layout is self._seen:
+            return False
+        self._seen = layout
+        self.refresh()
+        return True
 
     def refresh(self) -> bool:
         """Take over what the bank holds now; whether anything had changed. Copies nothing if nothing had."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -95,14 +95,6 @@ def test_a_planted_row_swap_is_seen(kernel: Kernel) -> None:
     assert not torch.allclose(
         bench.run("l", x, swapped)[:2].float(), expected[:2].float(), rtol=0.1, atol=0.1
     )
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def alone(bench: Bench, name: str, x: Tensor, slot: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,14 +97,7 @@ def test_a_prompt_with_images_is_transformers_to_the_bit(bases: tuple[BaseModel,
     assert torch.equal(hidden, base.reference_forward(segment.embeds, segment.positions, plan))
 
 
-@pytest.fixture(params=[1, 2, 8])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
+@pytest.mark.parametrize("threads", [1, 2, 8], indirect=True)
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("lengths", [range(1, 70), range(118, 140), [255, 256, 257, 500, 513, 700, 1030]])
 def test_a_decode_has_the_same_bits_alone_and_among_others(

@@ -24,14 +24,6 @@ NUM_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 16, 64, 65, 130)
 """Every count of the few, then tiles of three with one, two and four left, a whole panel, and more than one."""
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def native(linear: nn.Module) -> NativeLinear:
     made = settled(linear, "native")
     assert isinstance(made, NativeLinear)
