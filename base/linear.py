@@ -125,8 +125,8 @@ def dequantised_weight(linear: nn.Module) -> Tensor:
     raise TypeError(f"{type(linear).__name__} is no linear of the base")
 
 
-def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
-    """Fix how each linear below ``module``, all on the CPU, computes. Changes ``module`` in place.
+def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> CpuLinear:
+    """Fix how each linear below ``module``, all on the CPU, computes; how. Changes ``module`` in place.
 
     Linears in 16 bits stay as they are, but for the ways "native" and "float32". Raises ValueError for a way that is
     not to be had here.
@@ -142,6 +142,7 @@ def settle_cpu_linears(module: nn.Module, how: CpuLinear) -> None:
     logger.info(
         "base.cpu_linears %s", " ".join(f"{way}={count}" for way, count in settled.items()) or "none=0"
     )
+    return how
 
 
 def _check_wide(how: CpuLinear) -> None:

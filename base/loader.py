@@ -18,16 +18,18 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from base.attention import LORIKEET_PAGED, PagedAttention, register_attention
+from base.attention import LORIKEET_PAGED, register_attention
 from base.checkpoint import Checkpoint, open_checkpoint
 from base.config import BaseConfig
 from base.cuda_attention import Heads, choose_attention
 from base.cuda_linear import settle_cuda_linears
+from base.decoder import Parts
 from base.errors import BaseNotFound, UnsupportedBase
 from base.fingerprint import fingerprint
 from base.linear import four_bit_names, settle_cpu_linears
 from base.memory import memory_by_part
 from base.model import BaseModel
+from base.native_parts import native_parts
 from base.processing import load_processor
 from base.processor import PatchSizes, Processor, TokenIds
 from base.quantization import QuantizationPlan, plan_quantization
@@ -69,25 +71,25 @@ def _load(config: BaseConfig) -> BaseModel:
     module = _load_module(checkpoint, config, plan, device)
     _check_four_bit(module, plan, config.source)
     spec = _spec(checkpoint, config, plan, ids)
-    attention, kernels = _settle(module, spec, config, device)
+    parts, kernels = _settle(module, spec, config, device)
     module.eval().requires_grad_(False)
     memory = memory_by_part(module)
     _log(spec, memory, device, time.monotonic() - started)
-    return BaseModel(module, spec, processor, config, memory, attention, kernels)
+    return BaseModel(module, spec, processor, config, memory, parts, kernels)
 
 
 def _settle(
     module: Qwen2_5_VLForConditionalGeneration, spec: BaseSpec, config: BaseConfig, device: torch.device
-) -> tuple[PagedAttention, dict[str, str]]:
-    """Fix how linears and attention compute on this device; and where there was a choice of kernels, whose serve."""
-    if device.type == "cpu":
-        settle_cpu_linears(module, config.cpu_linear)
+) -> tuple[Parts, dict[str, str]]:
+    """Fix how linears, and what lies between, compute on this device; whose kernels, where there was a choice."""
+    if device.type == "cpu" and settle_cpu_linears(module, config.cpu_linear) == "native":
+        return native_parts(spec), {}
     if device.type != "cuda":
-        return TorchAttention(), {}
+        return Parts(TorchAttention()), {}
     linear = settle_cuda_linears(module.model.language_model, config.cuda_kernels, device)
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     attention, kernels = choose_attention(heads, module.dtype, config.cuda_kernels, device)
-    return attention, {"linear": linear, **kernels}
+    return Parts(attention), {"linear": linear, **kernels}
 
 
 def _load_module(

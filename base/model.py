@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from base.attention import AttentionPlan, LayerAttention, PagedAttention, segments_of
+from base.attention import AttentionPlan, LayerAttention, segments_of
 from base.config import BaseConfig
-from base.decoder import Decoder
+from base.decoder import Decoder, Parts
 from base.prompt import Grid
 from base.spec import BaseSpec
 from base.vision import VisionTower
@@ -36,7 +36,7 @@ class BaseModel:
         processor: Processor,
         config: BaseConfig,
         memory_by_part: Mapping[str, int],
-        attention: PagedAttention,
+        parts: Parts,
         kernels: Mapping[str, str],
     ) -> None:
         self.module = module
@@ -44,7 +44,7 @@ class BaseModel:
         self.processor = processor
         self.config = config
         self.vision = VisionTower(module.model.visual)
-        self.decoder = Decoder(module.model.language_model, attention)
+        self.decoder = Decoder(module.model.language_model, parts)
         self.kernels = dict(kernels)
         """Whose kernels compute what (``linear``, ``attention``, ``prompts``); empty where there was no choice."""
         self.memory_by_part = dict(memory_by_part)

@@ -22,3 +22,8 @@ class Norm:
         wide = x.to(torch.float32)
         scale = wide.square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(self._weight)
+
+    def after(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of both [T, H], in the memory of ``delta``, and its norm, a new one; without delta, hidden's."""
+        total = hidden if delta is None else delta.add_(hidden)
+        return total, self(total)

@@ -1,4 +1,4 @@
-"""TorchAttention: paged attention in plain torch, for every device; what CPUs serve with.
+"""TorchAttention: paged attention in plain torch, for every device; what CPUs serve with where nothing is compiled.
 
 It rotates, writes the step's keys and values to the cache, then computes two kinds of segments. Those of several rows
 (prompts and their pieces) go one by one. Those of one row (decodes) go together, one call for all whose contexts round
@@ -80,7 +80,7 @@ class TorchStep:
             )
             output.index_copy_(0, group.rows, attended)
         for segment in self._long:
-            output[segment.begin : segment.end] = _attend_segment(query, keys, values, segment, scaling)
+            output[segment.begin : segment.end] = attend_segment(query, keys, values, segment, scaling)
         return output
 
 
@@ -105,7 +105,7 @@ def _attend_decodes(
     return attended[:num_rows].reshape(num_rows, num_heads, dim)
 
 
-def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:
+def attend_segment(query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:
     """Causal attention of one segment's rows of query [T, heads, dim]: [rows, heads, dim]."""
     attended = functional.scaled_dot_product_attention(
         query[segment.begin : segment.end].transpose(0, 1).unsqueeze(0),

@@ -17,6 +17,7 @@ from typing import Final
 import torch
 
 MODULE: Final = "base.ops._native"
+KERNELS: Final = tuple(f"lorikeet_{name}" for name in ("linear", "norm", "gate", "attend", "add_lora"))
 
 
 class NativeMissing(Exception):
@@ -38,6 +39,8 @@ def native_library() -> ctypes.CDLL:
         raise NativeMissing(f"they cannot be loaded ({error})") from error
     if not library.lorikeet_has_kernels():
         raise NativeMissing("they were compiled for another kind of processor")
+    if not all(hasattr(library, kernel) for kernel in KERNELS):
+        raise NativeMissing("they were compiled from other sources than these: install Lorikeet again")
     return library
 
 

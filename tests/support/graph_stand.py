@@ -15,7 +15,7 @@ from adapters.sites import discover_sites
 from adapters.slots import SlotBank
 from adapters.triton_lora import TritonLora
 from base.attention import DecodeAttention, PagedAttention
-from base.decoder import Decoder
+from base.decoder import Decoder, Parts
 from base.linear import dequantised_weight
 from base.model import BaseModel
 from engine.decode_buffers import DecodeBuffers
@@ -43,7 +43,7 @@ def shorten(base: BaseModel, attention: PagedAttention) -> None:
     text = base.module.model.language_model
     text.layers = text.layers[:1]
     base.spec = replace(base.spec, num_layers=1)
-    base.decoder = Decoder(text, attention)
+    base.decoder = Decoder(text, Parts(attention))
 
 
 def _is_adapted(site: str) -> bool:
