@@ -12,23 +12,51 @@ The product is oneDNN's over a weight in oneDNN's own block order. In ms, 896 x 
     weight @ x.T (MKL)           1.3    1.2     2.1    1.8    5.1   18.4
     F.linear in bfloat16         0.64   1.9     4.0    7.9
 
-and it alone gives a row the same bits for every number of rows, so nothing is padded.
+and its blocked kernels give a row the same bits for every number of rows, so nothing is padded. Where oneDNN has none
+for this processor (3.10, torch 2.11's, on AVX2: its rows change with their number), the product is MKL's in whole tiles
+of rows, which gives them the same bits too (tests/base/test_float32_linear.py).
 
 Place in a request's way: step 8, as every linear.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 PACKED_FOR_ROWS = 16
 """The number of rows that the block order is asked for; the answer was the same for 1 to 256."""
+ROW_TILE = 8 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 4
+"""MKL's product of so many rows, or a multiple, is the same row by row; of fewer it is another kernel's."""
 
 
 def has_float32_product() -> bool:
     """Whether this build of torch has the product that Float32Linear needs (x86 and Arm builds do)."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def has_blocked_rows() -> bool:
+    """Whether oneDNN's product over its own order gives a row the same bits for every number of rows; tried, once."""
+    dice = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(128, 256, generator=dice), torch.randn(16, 256, generator=dice)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    whole = _blocked(x, packed, None)
+    return all(torch.equal(_blocked(x[:num], packed, None), whole[:num]) for num in (1, 2, 3, 5, 8))
+
+
+def _blocked(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % ROW_TILE))
+    return F.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], weight.shape[0])
 
 
 class Float32Linear(nn.Module):
@@ -44,13 +72,18 @@ class Float32Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.is_quantised = is_quantised
         dense = weight.detach().to(torch.float32).contiguous()
+        self._is_blocked = has_blocked_rows()
         # no parameter: modules of its layout can neither be moved nor counted by storage
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, PACKED_FOR_ROWS)
+        self._packed: Tensor = (
+            torch.ops.mkldnn._reorder_linear_weight(dense, PACKED_FOR_ROWS)
+            if self._is_blocked
+            else dense.clone()
+        )
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] float32 in oneDNN's layout, which only ``dequantised_weight`` reads."""
+        """[out, in] float32, where it can in oneDNN's layout, which only ``dequantised_weight`` reads."""
         return self._packed
 
     @property
@@ -63,14 +96,14 @@ class Float32Linear(nn.Module):
 
     def dequantised_weight(self, start: int = 0, stop: int | None = None) -> Tensor:
         """[out, in] float32, a new tensor with the values that were given; or of the outputs from start to stop."""
+        if not self._is_blocked:
+            return self._packed[start:stop].clone()
         dense = self._packed.to_dense()
         return dense if (start, stop) == (0, None) else dense[start:stop].clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(torch.float32), self._packed, self._bias, "none", [], ""
-        )
-        return result.to(x.dtype)
+        product = _blocked if self._is_blocked else _tiled
+        return product(x.to(torch.float32), self._packed, self._bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

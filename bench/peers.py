@@ -132,6 +132,9 @@ def peer(setup: PeerSetup, log: Path) -> Iterator[Peer]:
         )
     try:
         yield Peer(setup, process, log)
+    except (SystemExit, KeyboardInterrupt):
+        process.kill()  # it may be in the middle of a long answer
+        raise
     finally:
         if process.stdin is not None:
             process.stdin.close()  # the worker ends at the end of its input

@@ -50,12 +50,14 @@ def make_result(kind: str, origin: Provenance, cells: Sequence[Cell]) -> Result:
 
 
 def save(result: Result, folder: Path = RESULTS, path: Path | None = None) -> Path:
-    """Write a result under a name of its own (kind, time, commit), or again where it was."""
+    """Write a result under a name of its own (kind, time, commit), or again where it was: whole, or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     commit = str(result.provenance.get("commit", ""))[:8] or "nowhere"
     path = path or folder / f"{result.kind}-{stamp}-{commit}.json"
-    path.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)  # a run that is ended while it writes leaves what it had
     return path
 
 

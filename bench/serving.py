@@ -84,7 +84,8 @@ def serve(
 ) -> Iterator[Served]:
     """Run ``command`` until the block ends; ``ready`` is a path that answers 200 when it serves.
 
-    Raises ServerDied.
+    Where the bench itself is told to end, the server has no time to let its streams end: who comes next needs its
+    device. Raises ServerDied.
     """
     begin_s = time.monotonic()
     with log.open("wb") as file:
@@ -92,6 +93,9 @@ def serve(
     try:
         _wait(process, url + ready, log, begin_s + timeout_s)
         yield Served(url, process.pid, time.monotonic() - begin_s)
+    except (SystemExit, KeyboardInterrupt):
+        _kill(process)
+        raise
     finally:
         _stop(process)
 
@@ -117,8 +121,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With every child: a server's group is its own, whose number stands until the server has been waited for."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _tail(log: Path) -> str:
