@@ -32,8 +32,9 @@ serve: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# Where bytecode is not kept, every process of every run compiles all sources, and pytest rewrites each assertion again.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
