@@ -31,7 +31,16 @@ OUTS: Final = 8
 """Outputs that lie together in the 4-bit layout; the number of outputs must be a multiple."""
 LANES: Final = 8
 TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
-_FOUR_BIT, _BFLOAT16 = 0, 1
+_FOUR_BIT, _FOUR_BIT_WIDE, _BFLOAT16 = 0, 1, 2
+"""linear.c's formats."""
+_INPUTS: Final = (2, 2, 2, 2, LANES // 2)
+"""The 64 inputs of a block, outermost first: half of a byte, pair of steps, step of the pair, half of the lanes, lane."""
+_TO_BYTES: Final = (2, 5, 3, 6, 4)
+"""Their order in bytes: half of a byte, half of the lanes, pair, lane, step of the pair (two dimensions come before)."""
+_TO_INPUTS: Final = (0, 2, 4, 1, 3)
+"""And back."""
+_INVERTED: Final = torch.tensor([0, 8], dtype=torch.uint8).view(2, 1)
+"""In lanes 4 to 7 the fourth bit of a code is inverted."""
 _NUMBER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: Final[list[type[ctypes.c_int64] | type[ctypes.c_void_p]]] = [
     *(_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
@@ -43,11 +52,11 @@ _ARGUMENTS: Final[list[type[ctypes.c_int64] | type[ctypes.c_void_p]]] = [
 class FourBitRows:
     """A 4-bit weight as the kernel reads it: [out / 8, in / 64, 8 outputs, ...], one stretch of memory a step.
 
-    Of 64 inputs under one scale, lane i of eight holds inputs i, 8 + i, 16 + i, ..., four bits each, lowest first.
+    Where the 64 inputs under one scale lie in their 32 bytes, linear.c says.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, values: Tensor, dtype: torch.dtype) -> None:
-        """codes [out/8, in/64, 8, 8] int32, scales [out/8, in/64, 8] and values [16] float32; dtype: the weights'."""
+        """codes [out/8, in/64, 8, 32] uint8, scales [out/8, in/64, 8] and values [16] float32; dtype: the weights'."""
         self.codes, self.scales, self.values, self.dtype = codes, scales, values, dtype
 
     @classmethod
@@ -55,12 +64,10 @@ class FourBitRows:
         """From bitsandbytes' unpacked codes [out * in / 2, 1] uint8. The weight must suit (``suits_four_bit``)."""
         num_out, num_in = state.shape
         pairs = data.reshape(-1)
-        steps = torch.stack((pairs >> 4, pairs & 0xF), -1).reshape(num_out, num_in // BLOCK, LANES, LANES)
-        codes = torch.zeros(num_out, num_in // BLOCK, LANES, dtype=torch.int32)
-        for step in range(LANES):
-            codes |= steps[:, :, step].to(torch.int32) << 4 * step
+        steps = torch.stack((pairs >> 4, pairs & 0xF), -1).reshape(num_out, num_in // BLOCK, *_INPUTS)
+        low, high = (steps ^ _INVERTED).permute(0, 1, *_TO_BYTES).unbind(2)
         return cls(
-            _grouped(codes),
+            _grouped((low | high << 4).reshape(num_out, num_in // BLOCK, BLOCK // 2)),
             _grouped(_scales(state).reshape(num_out, num_in // BLOCK)),
             state.code.float().contiguous(),
             state.dtype,
@@ -81,9 +88,10 @@ class FourBitRows:
 
     def dense(self) -> Tensor:
         """[out, in] in its dtype, a new tensor: to the bit what bitsandbytes dequantises to."""
-        shifts = torch.arange(0, 4 * LANES, 4, dtype=torch.int32).view(LANES, 1)
-        nibbles = (self.codes.unsqueeze(-2) >> shifts) & 0xF  # [out/8, in/64, 8, 8 steps, 8 lanes]
-        scaled = self.values[nibbles] * self.scales.view(*self.scales.shape, 1, 1)
+        halves = torch.stack((self.codes & 0xF, self.codes >> 4), -2)  # [out/8, in/64, 8, 2, 32 bytes]
+        steps = halves.unflatten(-1, (2, 2, LANES // 2, 2)).permute(0, 1, 2, *(3 + dim for dim in _TO_INPUTS))
+        nibbles = (steps ^ _INVERTED).int()  # indices
+        scaled = self.values[nibbles.flatten(3)] * self.scales.unsqueeze(-1)  # [out/8, in/64, 8, 64]
         return scaled.transpose(1, 2).reshape(self.shape).to(self.dtype)
 
 
@@ -122,10 +130,10 @@ class NativeLinear(nn.Module):
         weight, bias = self._weight, 0 if self._bias is None else self._bias.data_ptr()
         sizes = (self.in_features, self.out_features)
         if isinstance(weight, FourBitRows):
-            is_rounded = weight.dtype == torch.bfloat16
+            kind = _FOUR_BIT if weight.dtype == torch.bfloat16 else _FOUR_BIT_WIDE
             pointers = (weight.codes.data_ptr(), weight.scales.data_ptr(), bias, weight.values.data_ptr())
-            return np.array([*pointers, *sizes, _FOUR_BIT, is_rounded], dtype=np.int64)
-        return np.array([weight.data_ptr(), 0, bias, 0, *sizes, _BFLOAT16, 0], dtype=np.int64)
+            return np.array([*pointers, *sizes, kind], dtype=np.int64)
+        return np.array([weight.data_ptr(), 0, bias, 0, *sizes, _BFLOAT16], dtype=np.int64)
 
     @property
     def weight(self) -> Tensor:

@@ -93,7 +93,7 @@ def test_a_swapped_code_is_seen() -> None:
     source = four_bit(128, 64, bias=False)
     expected = dequantised_weight(source)
     rows = FourBitRows.of(source.weight.data, computed_state(source))
-    rows.codes[3, 1, 2, 4] ^= 1 << 12  # a code of output 26: lane 4, step 3 of the second block
+    rows.codes[3, 1, 2, 25] ^= 1  # of output 26 in the second block: lane 4 of step 3
     different = (rows.dense().float() != expected).nonzero().tolist()
     assert different == [[26, 64 + 3 * 8 + 4]]
     x = torch.zeros(1, 128)

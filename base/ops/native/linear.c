@@ -1,10 +1,14 @@
 /* y = x W^T + bias on a CPU, W kept in 4 bits or in bfloat16 and widened on its way through the registers.
  *
  * A weight is read once a call, in the order in which it lies. In 4 bits, 64 inputs of an output (a block, one scale) are
- * eight 32-bit lanes of eight codes, lane i holding inputs i, 8 + i, 16 + i, ...; its 16 possible values, scaled and
- * rounded as bitsandbytes does, are two vectors, from which a permutation takes eight weights by three bits of their
- * codes and the fourth chooses the half. Up to FEW_ROWS rows are multiplied with the weights in registers; more with
- * eight outputs' weights unpacked into the first-level cache, three rows by four outputs at a time.
+ * 32 bytes; the 16 values that they may have, scaled and rounded to bfloat16 as bitsandbytes does, are two tables of 16
+ * bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Up to FEW_ROWS rows are multiplied
+ * with the weights in registers; more with eight outputs' weights unpacked into the first-level cache, three rows by four
+ * outputs at a time.
+ *
+ * Of a block, step s and lane i are input 8 s + i, which lies in byte 16 (i / 4) + 8 (s / 2 % 2) + 2 (i % 4) + s % 2, in its
+ * lower half if s < 4; so shuffles that stay within 128 bits and interleave end with eight inputs in their order. In bytes
+ * 16 to 31 the fourth bit of a code is inverted, since there the table begins with its ninth value.
  *
  * A row has the same bits for every number of rows and threads: each number of y is one thread's eight partial sums over
  * the input in steps of eight, then a tree. Loaded through ctypes, after torch, whose OpenMP runtime it uses.
@@ -14,19 +18,19 @@
 #ifdef LORIKEET_HAS_KERNELS
 
 enum { OUTS = 8 };      /* outputs that are computed together, and lie together */
-enum { BLOCK = 64 };    /* inputs under one scale */
-enum { FEW_ROWS = 8, PANEL_ROWS = 64 };
+enum { BLOCK = 64, HALF_STEPS = 4 }; /* inputs under one scale; vectors of weights that one look-up gives */
+enum { FEW_ROWS = 4, PANEL_ROWS = 64 };
 enum { FEW_INPUTS = 256, MANY_INPUTS = 512 }; /* at a time: what of x, and of unpacked weights, the first cache holds */
 enum { AHEAD_BLOCKS = 4 }; /* of four bits */
 enum { HALVES_A_LINE = 32 }; /* a row of halves is short: the next group's is asked for while this one's is used */
-enum { FORMAT_FOUR_BIT, FORMAT_BFLOAT16 };
+enum { FORMAT_FOUR_BIT, FORMAT_FOUR_BIT_WIDE, FORMAT_BFLOAT16 }; /* 4 bits of bfloat16, of float32 weights; plain */
 
 typedef struct {
-  const char *weight;  /* 4 bits: codes [out / 8, in / 64, 8, 8] uint32; else [out, in] bfloat16 */
+  const char *weight;  /* 4 bits: codes [out / 8, in / 64, 8, 32] bytes; else [out, in] bfloat16 */
   const float *scales; /* [out / 8, in / 64, 8]; 4 bits only */
   const float *bias;   /* [out] or null */
   const float *values; /* [16] what the codes stand for; 4 bits only */
-  int64_t num_in, num_out, format, is_rounded;
+  int64_t num_in, num_out, format;
 } Linear;
 
 typedef struct {
@@ -51,21 +55,56 @@ INLINE Group group_at(const Linear *of, int64_t out, int64_t input) {
   return group;
 }
 
-/* The 16 weights that a block may have, as two vectors. */
-INLINE void table_of(const Linear *of, float scale, __m256 *low, __m256 *high) {
-  const __m256 factor = _mm256_set1_ps(scale);
-  *low = _mm256_mul_ps(_mm256_loadu_ps(of->values), factor);
-  *high = _mm256_mul_ps(_mm256_loadu_ps(of->values + 8), factor);
-  if (of->is_rounded) {
-    *low = rounded(*low);
-    *high = rounded(*high);
-  }
+/* The 16 weights that a block may have: the upper and the lower byte of each. */
+typedef struct {
+  __m256i upper, lower;
+} Table;
+
+/* What the codes stand for: of 0 to 3 and 8 to 11, and of 4 to 7 and 12 to 15. */
+typedef struct {
+  __m256 even, odd;
+} Values;
+
+INLINE Values values_of(const Linear *of) {
+  const __m256 low = _mm256_loadu_ps(of->values), high = _mm256_loadu_ps(of->values + 8);
+  const Values values = {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  return values;
 }
 
-/* The weights of the lowest code of each lane. */
-INLINE __m256 weights_of(__m256i codes, __m256 low, __m256 high) {
-  const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), is_high);
+/* The nearest bfloat16, ties to even, in the upper half of each number; the lower is not cleared. No NaN. */
+INLINE __m256i nearest(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+INLINE Table table_of(Values values, float scale) {
+  const __m256 factor = _mm256_set1_ps(scale);
+  const __m256i even = nearest(_mm256_mul_ps(values.even, factor)), odd = nearest(_mm256_mul_ps(values.odd, factor));
+  const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
+  const __m256i bytes = _mm256_shuffle_epi8(both, order);
+  const __m256i swapped = _mm256_permute2x128_si256(bytes, bytes, 1);
+  const Table table = {_mm256_unpackhi_epi64(bytes, swapped), _mm256_unpacklo_epi64(bytes, swapped)};
+  return table;
+}
+
+/* 32 codes' weights, eight a vector. */
+INLINE void look_up(__m256i codes, Table table, __m256 *weights) {
+  const __m256i upper = _mm256_shuffle_epi8(table.upper, codes), lower = _mm256_shuffle_epi8(table.lower, codes);
+  const __m256i first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+  const __m256i mask = _mm256_set1_epi32((int)0xffff0000u);
+  weights[0] = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
+  weights[1] = _mm256_castsi256_ps(_mm256_and_si256(first, mask));
+  weights[2] = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+  weights[3] = _mm256_castsi256_ps(_mm256_and_si256(second, mask));
+}
+
+INLINE __m256i lower_codes(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+
+/* Codes of a block: of its first (0) or its second (1) 32 inputs. */
+INLINE __m256i codes_at(const __m256i *block, int half) {
+  return lower_codes(_mm256_srl_epi16(_mm256_loadu_si256(block), _mm_cvtsi32_si128(half * 4)));
 }
 
 INLINE __m256 halves_at(const uint16_t *from) { return widened(_mm_loadu_si128((const __m128i *)from)); }
@@ -74,26 +113,35 @@ INLINE __m256 halves_at(const uint16_t *from) { return widened(_mm_loadu_si128((
 
 INLINE void few_four_bit(const Linear *of, const int num_rows, const float *x, int64_t x_stride, Group group,
                          int64_t num_in, __m256 (*sums)[OUTS]) {
-  for (int out = 0; out < OUTS; out++) {
-    __m256 own[FEW_ROWS];
-    UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row][out];
+  const Values meant = values_of(of);
+  const int together = num_rows == 2 ? 4 : 2; /* outputs: eight sums at most stay in registers */
+  for (int first = 0; first < OUTS; first += together) {
+    __m256 own[4][FEW_ROWS];
+    UNROLL for (int out = 0; out < together; out++)
+      UNROLL for (int row = 0; row < num_rows; row++) own[out][row] = sums[row][first + out];
     for (int64_t block = 0; block < num_in / BLOCK; block++) {
-      const int64_t at = block * OUTS + out;
+      const int64_t at = block * OUTS + first;
       const float *values = x + block * BLOCK;
-      __m256 low, high;
-      table_of(of, group.scales[at], &low, &high);
-      __m256i codes = _mm256_loadu_si256(group.codes + at);
-      _mm_prefetch((const char *)(group.codes + at + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
-      /* unrolled, gcc unpacks all eight first and has no register left for the sums */
-      KEEP_ROLLED for (int step = 0; step < BLOCK; step += LANES) {
-        const __m256 weights = weights_of(codes, low, high);
-        codes = _mm256_srli_epi32(codes, 4);
-        UNROLL for (int row = 0; row < num_rows; row++) {
-          own[row] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(values + row * x_stride + step), own[row]);
+      Table tables[4]; /* apart from what uses them, whose sums wait for each other */
+      UNROLL for (int out = 0; out < together; out++) {
+        tables[out] = table_of(meant, group.scales[at + out]);
+        _mm_prefetch((const char *)(group.codes + at + out + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+      }
+      KEEP_ROLLED for (int half = 0; half < 2; half++) {
+        UNROLL for (int out = 0; out < together; out++) {
+          __m256 weights[HALF_STEPS];
+          look_up(codes_at(group.codes + at + out, half), tables[out], weights);
+          UNROLL for (int step = 0; step < HALF_STEPS; step++) {
+            UNROLL for (int row = 0; row < num_rows; row++) {
+              const float *from = values + row * x_stride + (half * HALF_STEPS + step) * LANES;
+              own[out][row] = _mm256_fmadd_ps(weights[step], _mm256_loadu_ps(from), own[out][row]);
+            }
+          }
         }
       }
     }
-    UNROLL for (int row = 0; row < num_rows; row++) sums[row][out] = own[row];
+    UNROLL for (int out = 0; out < together; out++)
+      UNROLL for (int row = 0; row < num_rows; row++) sums[row][first + out] = own[out][row];
   }
 }
 
@@ -116,19 +164,25 @@ INLINE void few_halves(const Linear *of, const int num_rows, const float *x, int
 
 /* One row alone: the eight outputs' sums side by side hide each other's latency. */
 INLINE void one_four_bit(const Linear *of, const float *x, Group group, __m256 *sums) {
+  const Values meant = values_of(of);
   __m256 own[OUTS];
   UNROLL for (int out = 0; out < OUTS; out++) own[out] = _mm256_setzero_ps();
+  Table tables[OUTS];
   for (int64_t block = 0; block < of->num_in / BLOCK; block++) {
+    const float *values = x + block * BLOCK;
+    const __m256i *codes = group.codes + block * OUTS;
     UNROLL for (int out = 0; out < OUTS; out++) {
-      const int64_t at = block * OUTS + out;
-      const float *values = x + block * BLOCK;
-      __m256 low, high;
-      table_of(of, group.scales[at], &low, &high);
-      __m256i codes = _mm256_loadu_si256(group.codes + at);
-      if (out % 2 == 0) _mm_prefetch((const char *)(group.codes + at + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
-      UNROLL for (int step = 0; step < BLOCK; step += LANES) {
-        own[out] = _mm256_fmadd_ps(weights_of(codes, low, high), _mm256_loadu_ps(values + step), own[out]);
-        codes = _mm256_srli_epi32(codes, 4);
+      tables[out] = table_of(meant, group.scales[block * OUTS + out]);
+      if (out % 2 == 0) _mm_prefetch((const char *)(codes + out + AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+    }
+    UNROLL for (int half = 0; half < 2; half++) {
+      UNROLL for (int out = 0; out < OUTS; out++) {
+        __m256 weights[HALF_STEPS];
+        look_up(codes_at(codes + out, half), tables[out], weights);
+        UNROLL for (int step = 0; step < HALF_STEPS; step++) {
+          const __m256 own_values = _mm256_loadu_ps(values + (half * HALF_STEPS + step) * LANES);
+          own[out] = _mm256_fmadd_ps(weights[step], own_values, own[out]);
+        }
       }
     }
   }
@@ -168,7 +222,7 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
     if (is_four_bit) few_four_bit(of, ROWS, x, product->x_stride, group, count, sums);          \
     else few_halves(of, ROWS, x, product->x_stride, group, count, sums);                        \
     break;
-      CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+      CASE(2) CASE(3) CASE(4)
 #undef CASE
     }
   }
@@ -176,28 +230,51 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
 
 /* ---- many rows: weights unpacked into the first-level cache -------------------------------------------------------- */
 
-/* to [OUTS, MANY_INPUTS] */
-FAST static void unpack(const Linear *of, Group group, int64_t num_in, float *to) {
-  if (of->format == FORMAT_FOUR_BIT) {
-    for (int64_t at = 0; at < num_in / BLOCK * OUTS; at++) {
-      float *block = to + at % OUTS * MANY_INPUTS + at / OUTS * BLOCK;
-      __m256 low, high;
-      table_of(of, group.scales[at], &low, &high);
-      __m256i codes = _mm256_loadu_si256(group.codes + at);
-      if (at % 2 == 0) _mm_prefetch((const char *)(group.codes + at + 2 * AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
-      UNROLL for (int step = 0; step < BLOCK; step += LANES) {
-        _mm256_store_ps(block + step, weights_of(codes, low, high));
-        codes = _mm256_srli_epi32(codes, 4);
-      }
+FAST static void unpack_four_bit(const Linear *of, Group group, int64_t num_in, float *to) {
+  const Values meant = values_of(of);
+  for (int64_t at = 0; at < num_in / BLOCK * OUTS; at++) {
+    float *block = to + at % OUTS * MANY_INPUTS + at / OUTS * BLOCK;
+    const Table table = table_of(meant, group.scales[at]);
+    if (at % 2 == 0) _mm_prefetch((const char *)(group.codes + at + 2 * AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+    UNROLL for (int half = 0; half < 2; half++) {
+      __m256 weights[HALF_STEPS];
+      look_up(codes_at(group.codes + at, half), table, weights);
+      UNROLL for (int step = 0; step < HALF_STEPS; step++)
+        _mm256_store_ps(block + (half * HALF_STEPS + step) * LANES, weights[step]);
     }
-    return;
   }
+}
+
+/* One by one: float32 bases are for comparison. */
+FAST static void unpack_wide(const Linear *of, Group group, int64_t num_in, float *to) {
+  for (int64_t at = 0; at < num_in / BLOCK * OUTS; at++) {
+    const uint8_t *bytes = (const uint8_t *)(group.codes + at);
+    float *block = to + at % OUTS * MANY_INPUTS + at / OUTS * BLOCK;
+    for (int input = 0; input < BLOCK; input++) {
+      const int step = input / LANES, lane = input % LANES;
+      const int byte = bytes[16 * (lane / 4) + 8 * (step / 2 % 2) + 2 * (lane % 4) + step % 2];
+      const int code = (step < HALF_STEPS ? byte & 15 : byte >> 4) ^ (lane < 4 ? 0 : 8);
+      block[input] = of->values[code] * group.scales[at];
+    }
+  }
+}
+
+FAST static void widen(const Linear *of, Group group, int64_t num_in, float *to) {
   for (int out = 0; out < OUTS; out++) {
     const uint16_t *halves = group.halves + out * of->num_in;
     for (int64_t k = 0; k < num_in; k += LANES) {
       _mm256_store_ps(to + out * MANY_INPUTS + k, halves_at(halves + k));
       if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + k + OUTS * of->num_in), _MM_HINT_T1);
     }
+  }
+}
+
+/* to [OUTS, MANY_INPUTS] */
+FAST static void unpack(const Linear *of, Group group, int64_t num_in, float *to) {
+  switch (of->format) {
+  case FORMAT_FOUR_BIT: unpack_four_bit(of, group, num_in, to); break;
+  case FORMAT_FOUR_BIT_WIDE: unpack_wide(of, group, num_in, to); break;
+  default: widen(of, group, num_in, to);
   }
 }
 
@@ -262,7 +339,7 @@ FAST static void finish(const Product *product, int64_t out, int64_t first_row, 
 
 FAST static void unit(const Product *product, int64_t out) {
   __m256 sums[PANEL_ROWS][OUTS];
-  if (product->num_rows <= FEW_ROWS) {
+  if (product->num_rows <= FEW_ROWS && product->of->format != FORMAT_FOUR_BIT_WIDE) {
     few_rows(product, out, sums);
     finish(product, out, 0, (int)product->num_rows, sums);
     return;
