@@ -2,7 +2,7 @@
  *
  * A weight is read once a call, in the order in which it lies. In 4 bits, 64 inputs of an output (a block, one scale) are
  * 32 bytes; the 16 values that they may have, scaled and rounded to bfloat16 as bitsandbytes does, are two tables of 16
- * bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Up to FEW_ROWS rows are multiplied
+ * bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Few rows are multiplied
  * with the weights in registers; more with eight outputs' weights unpacked into the first-level cache, three rows by four
  * outputs at a time.
  *
@@ -19,7 +19,7 @@
 
 enum { OUTS = 8 };      /* outputs that are computed together, and lie together */
 enum { BLOCK = 64, HALF_STEPS = 4 }; /* inputs under one scale; vectors of weights that one look-up gives */
-enum { FEW_ROWS = 4, PANEL_ROWS = 64 };
+enum { FEW_ROWS = 4, FEW_ROWS_OF_HALVES = 8, PANEL_ROWS = 64 };
 enum { FEW_INPUTS = 256, MANY_INPUTS = 512 }; /* at a time: what of x, and of unpacked weights, the first cache holds */
 enum { AHEAD_BLOCKS = 4 }; /* of four bits */
 enum { HALVES_A_LINE = 32 }; /* a row of halves is short: the next group's is asked for while this one's is used */
@@ -149,7 +149,7 @@ INLINE void few_halves(const Linear *of, const int num_rows, const float *x, int
                        int64_t num_in, __m256 (*sums)[OUTS]) {
   for (int out = 0; out < OUTS; out++) {
     const uint16_t *halves = group.halves + out * of->num_in;
-    __m256 own[FEW_ROWS];
+    __m256 own[FEW_ROWS_OF_HALVES];
     UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row][out];
     for (int64_t k = 0; k < num_in; k += LANES) {
       const __m256 weights = halves_at(halves + k);
@@ -224,6 +224,9 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
     break;
       CASE(2) CASE(3) CASE(4)
 #undef CASE
+#define CASE(ROWS) case ROWS: few_halves(of, ROWS, x, product->x_stride, group, count, sums); break;
+      CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
     }
   }
 }
@@ -262,10 +265,27 @@ FAST static void unpack_wide(const Linear *of, Group group, int64_t num_in, floa
 FAST static void widen(const Linear *of, Group group, int64_t num_in, float *to) {
   for (int out = 0; out < OUTS; out++) {
     const uint16_t *halves = group.halves + out * of->num_in;
-    for (int64_t k = 0; k < num_in; k += LANES) {
-      _mm256_store_ps(to + out * MANY_INPUTS + k, halves_at(halves + k));
-      if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + k + OUTS * of->num_in), _MM_HINT_T1);
-    }
+    for (int64_t k = 0; k < num_in; k += LANES) _mm256_store_ps(to + out * MANY_INPUTS + k, halves_at(halves + k));
+  }
+}
+
+/* Halves that will be widened next, asked for bit by bit while others are multiplied: at once, memory would be late. */
+typedef struct {
+  const uint16_t *from;
+  int64_t stride, lines_a_row, num_lines, asked;
+} Ahead;
+
+INLINE Ahead ahead_of(const Linear *of, int64_t out, int64_t input) {
+  const int64_t left = of->num_in - input, count = left < MANY_INPUTS ? left : MANY_INPUTS;
+  const int64_t lines = of->format == FORMAT_BFLOAT16 ? (count + HALVES_A_LINE - 1) / HALVES_A_LINE : 0;
+  const Ahead ahead = {group_at(of, out, input).halves, of->num_in, lines, lines * OUTS, 0};
+  return ahead;
+}
+
+INLINE void ask(Ahead *ahead, int64_t until) {
+  for (; ahead->asked < until; ahead->asked++) {
+    const int64_t row = ahead->asked / ahead->lines_a_row, line = ahead->asked % ahead->lines_a_row;
+    _mm_prefetch((const char *)(ahead->from + row * ahead->stride + line * HALVES_A_LINE), _MM_HINT_T1);
   }
 }
 
@@ -309,6 +329,7 @@ FAST static void many_rows(const Product *product, int64_t out, int64_t first_ro
   for (int64_t first = 0; first < of->num_in; first += MANY_INPUTS) {
     const int64_t count = of->num_in - first < MANY_INPUTS ? of->num_in - first : MANY_INPUTS;
     unpack(of, group_at(of, out, first), count, unpacked);
+    Ahead ahead = first + count < of->num_in ? ahead_of(of, out, first + count) : ahead_of(of, out + OUTS, 0);
     for (int row = 0; row < num_rows;) {
       const float *x = product->x + (first_row + row) * stride + first;
       const int left = num_rows - row;
@@ -321,6 +342,7 @@ FAST static void many_rows(const Product *product, int64_t out, int64_t first_ro
         }
       }
       row += taken;
+      ask(&ahead, ahead.num_lines * row / num_rows);
     }
   }
 }
@@ -337,9 +359,17 @@ FAST static void finish(const Product *product, int64_t out, int64_t first_row, 
   }
 }
 
+static int most_few_rows(int64_t format) {
+  switch (format) {
+  case FORMAT_FOUR_BIT: return FEW_ROWS;
+  case FORMAT_FOUR_BIT_WIDE: return 0;
+  default: return FEW_ROWS_OF_HALVES;
+  }
+}
+
 FAST static void unit(const Product *product, int64_t out) {
   __m256 sums[PANEL_ROWS][OUTS];
-  if (product->num_rows <= FEW_ROWS && product->of->format != FORMAT_FOUR_BIT_WIDE) {
+  if (product->num_rows <= most_few_rows(product->of->format)) {
     few_rows(product, out, sums);
     finish(product, out, 0, (int)product->num_rows, sums);
     return;
