@@ -111,10 +111,13 @@ INLINE __m256 halves_at(const uint16_t *from) { return widened(_mm_loadu_si128((
 
 /* ---- few rows: weights in registers ------------------------------------------------------------------------------ */
 
+/* Sums wait for each other and eight hide that; eight at most stay in registers. */
+INLINE int outputs_together(const int num_rows) { return num_rows == 2 ? 4 : num_rows <= 4 ? 2 : 1; }
+
 INLINE void few_four_bit(const Linear *of, const int num_rows, const float *x, int64_t x_stride, Group group,
                          int64_t num_in, __m256 (*sums)[OUTS]) {
   const Values meant = values_of(of);
-  const int together = num_rows == 2 ? 4 : 2; /* outputs: eight sums at most stay in registers */
+  const int together = outputs_together(num_rows);
   for (int first = 0; first < OUTS; first += together) {
     __m256 own[4][FEW_ROWS];
     UNROLL for (int out = 0; out < together; out++)
@@ -147,18 +150,23 @@ INLINE void few_four_bit(const Linear *of, const int num_rows, const float *x, i
 
 INLINE void few_halves(const Linear *of, const int num_rows, const float *x, int64_t x_stride, Group group,
                        int64_t num_in, __m256 (*sums)[OUTS]) {
-  for (int out = 0; out < OUTS; out++) {
-    const uint16_t *halves = group.halves + out * of->num_in;
-    __m256 own[FEW_ROWS_OF_HALVES];
-    UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row][out];
+  const int together = outputs_together(num_rows);
+  for (int first = 0; first < OUTS; first += together) {
+    const uint16_t *halves = group.halves + first * of->num_in;
+    __m256 own[4][FEW_ROWS_OF_HALVES];
+    UNROLL for (int out = 0; out < together; out++)
+      UNROLL for (int row = 0; row < num_rows; row++) own[out][row] = sums[row][first + out];
     for (int64_t k = 0; k < num_in; k += LANES) {
-      const __m256 weights = halves_at(halves + k);
-      if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(halves + k + OUTS * of->num_in), _MM_HINT_T1);
-      UNROLL for (int row = 0; row < num_rows; row++) {
-        own[row] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + row * x_stride + k), own[row]);
+      UNROLL for (int out = 0; out < together; out++) {
+        const uint16_t *at = halves + out * of->num_in + k;
+        const __m256 weights = halves_at(at);
+        if (k % HALVES_A_LINE == 0) _mm_prefetch((const char *)(at + OUTS * of->num_in), _MM_HINT_T1);
+        UNROLL for (int row = 0; row < num_rows; row++)
+          own[out][row] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + row * x_stride + k), own[out][row]);
       }
     }
-    UNROLL for (int row = 0; row < num_rows; row++) sums[row][out] = own[row];
+    UNROLL for (int out = 0; out < together; out++)
+      UNROLL for (int row = 0; row < num_rows; row++) sums[row][first + out] = own[out][row];
   }
 }
 
