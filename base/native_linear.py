@@ -34,9 +34,9 @@ TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _FOUR_BIT, _FOUR_BIT_WIDE, _BFLOAT16 = 0, 1, 2
 """linear.c's formats."""
 _INPUTS: Final = (2, 2, 2, 2, LANES // 2)
-"""The 64 inputs of a block, outermost first: half of a byte, pair of steps, step of the pair, half of the lanes, lane."""
+"""A block's 64 inputs, outermost first: half of a byte, pair of steps, step of the pair, half of the lanes, lane."""
 _TO_BYTES: Final = (2, 5, 3, 6, 4)
-"""Their order in bytes: half of a byte, half of the lanes, pair, lane, step of the pair (two dimensions come before)."""
+"""Their order in bytes: half of a byte, half of the lanes, pair, lane, step of the pair; two dimensions come before."""
 _TO_INPUTS: Final = (0, 2, 4, 1, 3)
 """And back."""
 _INVERTED: Final = torch.tensor([0, 8], dtype=torch.uint8).view(2, 1)
