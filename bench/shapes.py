@@ -84,7 +84,7 @@ def make_checkpoint(shape: Shape, folder: Path, *, seed: int = 0, is_quantised: 
         description["quantization_config"] = _quantization()
     _write(folder / "config.json", description)
     _write(folder / "preprocessor_config.json", _pictures(shape))
-    text = config.text_config  # transformers 5.17 has the ids here alone
+    text = config.get_text_config()  # transformers 5.17 has the ids here alone
     eos = [text.eos_token_id, text.pad_token_id]
     _write(folder / "generation_config.json", {"eos_token_id": eos, "pad_token_id": text.pad_token_id})
     _save_shards(folder, config, seed, is_quantised)
