@@ -5,8 +5,8 @@ float32, sums in float32, one rounding. The weight is widened in the processor's
 eighth (4 bits) or half (bfloat16) of the bytes. In ms, 4864 x 896 on two AVX2 cores, beside oneDNN over float32:
 
     rows                   1      2      4      8     16     32     64    256
-    4 bits              0.40   0.49   0.61   0.84   1.36   2.63   3.78   18.0
-    oneDNN, float32     0.81   0.83   1.07   1.22   1.86   2.75   4.78   18.2
+    4 bits              0.28   0.37   0.52   0.82   1.58   2.69   4.35   18.1
+    oneDNN, float32     0.83   0.89   1.13   1.39   2.11   3.13   5.23   17.7
 
 A row has the same bits for every number of rows and of threads.
 
