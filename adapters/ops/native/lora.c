@@ -14,8 +14,9 @@
 #ifdef LORIKEET_HAS_KERNELS
 
 enum { MOST_ROWS = 64, RANKS_TRANSPOSED = 64 }; /* of a panel; at once */
-enum { RANKS_AT_ONCE = 8, COLUMNS_AT_ONCE = 256, FLOATS_A_LINE = 16 };
-enum { PREFETCHED_FLOATS = 128 }; /* weights come from memory once a step: half as fast without a hint */
+enum { RANKS_AT_ONCE = 8, FLOATS_A_LINE = 16 };
+enum { FEWEST_COLUMNS = 256, MOST_COLUMNS = 2048, UNITS_A_THREAD = 4 }; /* of B at a time: long stretches are read faster */
+enum { PREFETCHED_FLOATS = 128, GROUPS_AHEAD = 8 }; /* weights come from memory once a step: half as fast without a hint */
 enum { ROUND_DELTA = 0, ROUND_SUM = 1 };
 enum { FIELD_A, FIELD_B, FIELD_SCALE, FIELD_RANK, NUM_FIELDS };
 
@@ -48,6 +49,7 @@ typedef struct {
   float *wide;   /* [num_rows, num_in], in the rows' order; only where x is not float32 */
   float *hidden; /* [num_rows, hidden_stride] */
   int64_t hidden_stride;
+  int64_t num_columns; /* of a unit of expand */
 } Step;
 
 INLINE __m256i tail_mask(int64_t left) {
@@ -219,10 +221,10 @@ FAST static void expand_panel(const Step *step, const Panel *panel, const int64_
   const float *scale = (const float *)(intptr_t)entry[FIELD_SCALE];
   const char *bias = (const char *)(intptr_t)site->bias;
   const float *hidden = step->hidden + panel->start * step->hidden_stride + hidden_column;
-  const int64_t end = first + COLUMNS_AT_ONCE < site->width ? first + COLUMNS_AT_ONCE : site->width;
+  const int64_t end = first + step->num_columns < site->width ? first + step->num_columns : site->width;
   for (int64_t column = first; column < end; column += LANES) {
     for (int64_t ahead = 0; ahead < LANES * rank; ahead += FLOATS_A_LINE)
-      _mm_prefetch((const char *)(b + (column + 2 * LANES) * rank + ahead), _MM_HINT_T0);
+      _mm_prefetch((const char *)(b + (column + GROUPS_AHEAD * LANES) * rank + ahead), _MM_HINT_T0);
     const int64_t left = end - column < LANES ? end - column : LANES;
     __m256 deltas[MOST_ROWS];
     deltas_of(hidden, step->hidden_stride, panel->count, b + column * rank, rank, deltas);
@@ -278,8 +280,15 @@ static void expand_unit(const Step *step, int64_t unit, int64_t num_chunks) {
   const Panel *panel = &step->panels[unit / num_chunks / step->linears->num_sites];
   const int64_t *entry = entry_of(step->linears, site, panel->slot);
   const Site *of = &step->linears->sites[site];
-  if (entry[FIELD_RANK] && chunk * COLUMNS_AT_ONCE < of->width)
-    expand_panel(step, panel, entry, of, chunk * COLUMNS_AT_ONCE, hidden_column_of(step->linears, site, panel->slot));
+  const int64_t first = chunk * step->num_columns;
+  if (entry[FIELD_RANK] && first < of->width)
+    expand_panel(step, panel, entry, of, first, hidden_column_of(step->linears, site, panel->slot));
+}
+
+/* Whole lanes, as many as leave every thread several units. */
+static int64_t columns_of_a_unit(int64_t num_columns, int num_threads) {
+  const int64_t share = num_columns / (num_threads * UNITS_A_THREAD) / LANES * LANES;
+  return share < FEWEST_COLUMNS ? FEWEST_COLUMNS : share < MOST_COLUMNS ? share : MOST_COLUMNS;
 }
 
 /* hidden_stride: at least the sum of the ranks of any slot's sites. Returns 0, or 1 where there is no memory for scratch. */
@@ -289,8 +298,6 @@ int lorikeet_add_lora(const Linears *linears, const Panel *panels, int64_t num_p
   const int64_t num_wide = x_type == TYPE_FLOAT32 ? 0 : num_rows * linears->num_in;
   float *wide = lorikeet_scratch((size_t)(num_wide + num_rows * hidden_stride)), *hidden = wide + num_wide;
   if (!wide) return 1;
-  const Step step = {linears, panels, order,    num_panels, num_rows, y,      y_stride,
-                     y_type,  x,      x_stride, x_type,     wide,     hidden, hidden_stride};
   int64_t max_rank = 0, max_width = 0, products = 0;
   for (int64_t site = 0; site < linears->num_sites; site++) {
     const int64_t width = linears->sites[site].width;
@@ -303,10 +310,13 @@ int lorikeet_add_lora(const Linears *linears, const Panel *panels, int64_t num_p
   }
   if (!max_rank) return 0;
   const int64_t num_chunks = (max_rank + RANKS_AT_ONCE - 1) / RANKS_AT_ONCE;
-  const int64_t num_cuts = (max_width + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+  const int threads = threads_for(products, num_threads);
+  const int64_t num_columns = columns_of_a_unit(num_panels * linears->num_sites * max_width, threads);
+  const int64_t num_cuts = (max_width + num_columns - 1) / num_columns;
   const int64_t num_shrinks = num_panels * linears->num_sites * num_chunks;
   const int64_t num_expands = num_panels * linears->num_sites * num_cuts;
-  const int threads = threads_for(products, num_threads);
+  const Step step = {linears, panels, order,    num_panels, num_rows, y,      y_stride,
+                     y_type,  x,      x_stride, x_type,     wide,     hidden, hidden_stride, num_columns};
 #pragma omp parallel num_threads(threads)
   {
     if (x_type != TYPE_FLOAT32) {
