@@ -58,17 +58,22 @@ def step(base: BaseModel, shape: list[tuple[int, int]]) -> tuple[Tensor, Tensor,
     return embeds, torch.cat([s.positions for s in segments], dim=1), cache.plan(segments), cache
 
 
+def both_ways(base: BaseModel, shape: list[tuple[int, int]]) -> tuple[Tensor, Tensor, PagedCache, PagedCache]:
+    """One step by the decoder and by transformers: hidden states of both, then the caches of both."""
+    embeds, positions, plan, ours = step(base, shape)
+    before = embeds.clone()
+    hidden = base.forward(embeds, positions, plan)
+    assert torch.equal(embeds, before)
+    _, _, plan, theirs = step(base, shape)
+    return hidden, base.reference_forward(embeds, positions, plan), ours, theirs
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_hidden_states_and_caches_are_transformers(
     shape: list[tuple[int, int]], bases: tuple[BaseModel, BaseModel]
 ) -> None:
     for base, tolerance in zip(bases, (2**-5, 1e-5), strict=True):
-        embeds, positions, plan, ours = step(base, shape)
-        before = embeds.clone()
-        hidden = base.forward(embeds, positions, plan)
-        assert torch.equal(embeds, before)
-        _, _, plan, theirs = step(base, shape)
-        expected = base.reference_forward(embeds, positions, plan)
+        hidden, expected, ours, theirs = both_ways(base, shape)
         assert (hidden - expected).abs().max() <= tolerance * expected.abs().max()
         if all(new > 1 for _, new in shape):  # only decodes sum in another order
             assert torch.equal(hidden, expected)

@@ -23,7 +23,7 @@ from base.norm import Norm
 from base.ops.native_library import has_native_library
 from base.rotary import Rotary
 from base.torch_attention import TorchAttention
-from tests.base.test_decoder import SHAPES, step
+from tests.base.test_decoder import SHAPES, both_ways
 from tests.support.rotaries import random_turns
 
 pytestmark = pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
@@ -195,12 +195,7 @@ def test_a_decoder_of_compiled_parts_is_transformers(
     shape: list[tuple[int, int]], dtype: str, odd_folder: Path
 ) -> None:
     base = load_base(BaseConfig(source=str(odd_folder), dtype=dtype, cpu_linear="native"))  # type: ignore[arg-type]
-    embeds, positions, plan, ours = step(base, shape)
-    before = embeds.clone()
-    hidden = base.forward(embeds, positions, plan)
-    assert torch.equal(embeds, before)
-    _, _, plan, theirs = step(base, shape)
-    expected = base.reference_forward(embeds, positions, plan)
+    hidden, expected, ours, theirs = both_ways(base, shape)
     tolerance = 2**-5 if dtype == "bfloat16" else 1e-5
     assert (hidden - expected).abs().max() <= tolerance * expected.abs().max()
     for cache, reference in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
