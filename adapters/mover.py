@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
+
 from adapters.copies import Copies, Ready, translate
 from adapters.errors import AdapterError
 from adapters.host_tier import HostTier
@@ -61,7 +63,12 @@ class Mover:
         self._read = read
         self._on_ready = on_ready
         self._num_threads = num_threads
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lorikeet-mover")
+        self._threads = ThreadPoolExecutor(
+            num_threads,
+            thread_name_prefix="lorikeet-mover",
+            # until it asks, a thread's products have all processors, whatever the process set as the default
+            initializer=torch.get_num_threads,
+        )
         self._lock = threading.Lock()  # guards the five below; never held while reading or copying
         self._host = HostTier(host_bytes)
         self._reads: dict[str, _Read] = {}

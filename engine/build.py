@@ -52,6 +52,7 @@ from engine.swaps import AdapterSwaps
 from engine.tiling import CPU_TILE, Tiling
 from engine.transport import ThreadTransport
 from engine.vision_cache import VisionCache
+from engine.workers import begin_thread
 
 logger = logging.getLogger("lorikeet.engine")
 
@@ -79,17 +80,23 @@ class EngineParts:
 
 
 def build_engine(
-    base: BaseModel, source: PackageSource, config: EngineConfig, observer: Observer | None = None
+    base: BaseModel,
+    source: PackageSource,
+    config: EngineConfig,
+    observer: Observer | None = None,
+    num_threads: int | None = None,
 ) -> EngineClient:
     """An engine on a thread of this process, and its client.
 
-    Mutates ``base``: its linears are wrapped. One engine a base. Raises as ``build_parts``.
+    Mutates ``base``: its linears are wrapped. One engine a base. ``num_threads``: the processors that its thread
+    computes with; None leaves it to torch. Raises as ``build_parts``.
     """
     inbound: list[EngineClient] = []
     parts = build_parts(base, source, config, observer or SilentObserver(), lambda m: inbound[0].deliver(m))
     client = EngineClient(config, parts.max_model_len, base.processor, parts.memory)
     inbound.append(client)
-    client.connect(ThreadTransport(parts.engine, parts.board, parts.grammars, parts.close))
+    thread = begin_thread(parts.engine.run, "lorikeet-engine", num_threads)
+    client.connect(ThreadTransport(parts.engine, thread, parts.board, parts.grammars, parts.close))
     return client
 
 

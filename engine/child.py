@@ -56,6 +56,7 @@ from engine.remote import (
 )
 from engine.sampling import GrammarSpec
 from engine.traces import trace_of
+from engine.workers import leave_one_to_others
 
 PULSE_S = 0.25
 NUM_COMPILERS = 2
@@ -101,6 +102,8 @@ def _die_with_parent() -> None:
 
 def _build(begin: Begin, pipe: Pipe) -> tuple[EngineParts, EngineFacts]:
     base = load_base(begin.base)
+    if base.device.type == "cpu":
+        leave_one_to_others()
     sites = discover_sites(base.module)
     reader = PackageReader(Path(begin.packages), sites)
     parts = build_parts(base, reader, begin.engine, Eyes(pipe), lambda messages: _tell(pipe, messages))

@@ -5,8 +5,8 @@ Knows no stream and no loop. Place in a request's way: step 4, between the clien
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 from engine.messages import Inbound, Stop
@@ -45,15 +45,19 @@ class ThreadTransport:
     """The engine on a thread of this process."""
 
     def __init__(
-        self, engine: Engine, board: StatusBoard, grammars: GrammarCompiler, on_stopped: Callable[[], None]
+        self,
+        engine: Engine,
+        thread: Thread,
+        board: StatusBoard,
+        grammars: GrammarCompiler,
+        on_stopped: Callable[[], None],
     ) -> None:
-        """``on_stopped`` is called once the engine has ended."""
+        """``thread`` runs the engine already; ``on_stopped`` is called once it has ended."""
         self._engine = engine
         self._board = board
         self._grammars = grammars
         self._on_stopped = on_stopped
-        self._thread = threading.Thread(target=engine.run, name="lorikeet-engine", daemon=True)
-        self._thread.start()
+        self._thread = thread
 
     @property
     def is_alive(self) -> bool:

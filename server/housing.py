@@ -72,17 +72,28 @@ def has_own_process(settings: Settings) -> bool:
 
 
 def _on_a_thread(settings: Settings, packages: Path) -> tuple[House, Callable[[], None]]:
+    import torch
+
     from adapters.sites import discover_sites
     from base.errors import BaseError
     from base.loader import load_base
     from engine.build import build_engine
     from engine.exhaustion import is_out_of_memory
+    from engine.workers import run_apart, take_processors
 
-    base = load_base(settings.base_config())
+    num_threads = take_processors()
+    base = run_apart(lambda: load_base(settings.base_config()), num_threads)
+    if base.device.type != "cpu":
+        torch.set_num_threads(
+            num_threads
+        )  # no step waits for processors: whoever stages adapters may have them
 
     def open_engine(registry: Registry, observer: Observer) -> EngineClient:
+        def build() -> EngineClient:
+            return build_engine(base, registry, settings.engine_config(), observer, num_threads)
+
         try:
-            return build_engine(base, registry, settings.engine_config(), observer)
+            return run_apart(build, num_threads)
         except (BaseError, ValueError, MemoryError) as error:
             raise HousingError(str(error)) from error
         except RuntimeError as error:
@@ -92,8 +103,11 @@ def _on_a_thread(settings: Settings, packages: Path) -> tuple[House, Callable[[]
                 "the device has no memory for the engine: lower kv_memory or num_slots"
             ) from error
 
+    def give_back() -> None:
+        torch.set_num_threads(num_threads)
+
     sites = discover_sites(base.module)
-    return House(base.spec, sites, base.processor, str(base.device), open_engine), lambda: None
+    return House(base.spec, sites, base.processor, str(base.device), open_engine), give_back
 
 
 def _in_a_process(settings: Settings, packages: Path) -> tuple[House, Callable[[], None]]:
