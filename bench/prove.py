@@ -35,7 +35,7 @@ class Item:
 
 ITEMS = (
     Item(1, "what adapters cost", 40, 40, prove_lora),
-    Item(2, "peers on the same weights and calls", 110, 90, prove_peers),
+    Item(2, "peers on the same weights and calls", 150, 260, prove_peers),
     Item(3, "a thousand adapters, and four times the slots", 100, 24, prove_crowd),
     Item(4, "one picture, eight adapters", 20, 8, prove_pictures),
     Item(5, "a shared system prompt", 5, 4, prove_prefix),

@@ -69,6 +69,15 @@ def _catalogue() -> Mapping[str, Workload]:
             )
             for n in (16, 64)
         ),
+        Workload("base-1-of-96", "1 stream on the base, answers of 96 tokens", 1, output=Lengths(96, 96)),
+        Workload(
+            "distinct-16-of-96",
+            "16 streams over 16 adapters, answers of 96 tokens",
+            16,
+            num_adapters=16,
+            spread=True,
+            output=Lengths(96, 96),
+        ),
         *(
             Workload(f"open-cv{cv}", f"Gamma arrivals, cv {cv}", cv=float(cv), num_adapters=8, zipf=1.0)
             for cv in (1, 2, 4, 8)
