@@ -19,7 +19,7 @@
 
 enum { OUTS = 8 };      /* outputs that are computed together, and lie together */
 enum { BLOCK = 64, HALF_STEPS = 4 }; /* inputs under one scale; vectors of weights that one look-up gives */
-enum { FEW_ROWS = 4, FEW_ROWS_OF_HALVES = 8, PANEL_ROWS = 64 };
+enum { FEW_ROWS = 8, PANEL_ROWS = 64 };
 enum { FEW_INPUTS = 256, MANY_INPUTS = 512 }; /* at a time: what of x, and of unpacked weights, the first cache holds */
 enum { AHEAD_BLOCKS = 4 }; /* of four bits */
 enum { HALVES_A_LINE = 32 }; /* a row of halves is short: the next group's is asked for while this one's is used */
@@ -153,7 +153,7 @@ INLINE void few_halves(const Linear *of, const int num_rows, const float *x, int
   const int together = outputs_together(num_rows);
   for (int first = 0; first < OUTS; first += together) {
     const uint16_t *halves = group.halves + first * of->num_in;
-    __m256 own[4][FEW_ROWS_OF_HALVES];
+    __m256 own[4][FEW_ROWS];
     UNROLL for (int out = 0; out < together; out++)
       UNROLL for (int row = 0; row < num_rows; row++) own[out][row] = sums[row][first + out];
     for (int64_t k = 0; k < num_in; k += LANES) {
@@ -230,10 +230,7 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
     if (is_four_bit) few_four_bit(of, ROWS, x, product->x_stride, group, count, sums);          \
     else few_halves(of, ROWS, x, product->x_stride, group, count, sums);                        \
     break;
-      CASE(2) CASE(3) CASE(4)
-#undef CASE
-#define CASE(ROWS) case ROWS: few_halves(of, ROWS, x, product->x_stride, group, count, sums); break;
-      CASE(5) CASE(6) CASE(7) CASE(8)
+      CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
   }
@@ -367,17 +364,9 @@ FAST static void finish(const Product *product, int64_t out, int64_t first_row, 
   }
 }
 
-static int most_few_rows(int64_t format) {
-  switch (format) {
-  case FORMAT_FOUR_BIT: return FEW_ROWS;
-  case FORMAT_FOUR_BIT_WIDE: return 0;
-  default: return FEW_ROWS_OF_HALVES;
-  }
-}
-
 FAST static void unit(const Product *product, int64_t out) {
   __m256 sums[PANEL_ROWS][OUTS];
-  if (product->num_rows <= most_few_rows(product->of->format)) {
+  if (product->num_rows <= FEW_ROWS && product->of->format != FORMAT_FOUR_BIT_WIDE) {
     few_rows(product, out, sums);
     finish(product, out, 0, (int)product->num_rows, sums);
     return;
