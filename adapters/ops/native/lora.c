@@ -4,10 +4,11 @@
  * run of rows of one slot, h = x A^T (shrink), then y += h B^T (expand), rounded as PEFT does (adapters.ops.torch_ops).
  *
  * A row has the same bits in every batch: each number of h and y is one thread's sum, in one fixed order (eight partial
- * sums over the input in steps of eight, then a tree; over the ranks one after another), whatever rows stand beside it and
- * however the work is cut. Hence fused multiply-adds are written out, and contraction is off.
+ * sums over the input in steps of eight, then a tree; over the ranks one after another), whatever rows stand beside it
+ * and however the work is cut. Hence fused multiply-adds are written out, and contraction is off.
  *
- * Nothing here is Python's: it is loaded through ctypes, after torch, whose OpenMP runtime (and so its threads) it uses.
+ * Nothing here is Python's: it is loaded through ctypes, after torch, whose OpenMP runtime (and so its threads) it
+ * uses.
  */
 #include "vectors.h"
 
@@ -15,8 +16,10 @@
 
 enum { MOST_ROWS = 64, RANKS_TRANSPOSED = 64 }; /* of a panel; at once */
 enum { RANKS_AT_ONCE = 8, FLOATS_A_LINE = 16 };
-enum { FEWEST_COLUMNS = 256, MOST_COLUMNS = 2048, UNITS_A_THREAD = 4 }; /* of B at a time: long stretches are read faster */
-enum { PREFETCHED_FLOATS = 128, GROUPS_AHEAD = 8 }; /* weights come from memory once a step: half as fast without a hint */
+/* Of B at a time: long stretches are read faster. */
+enum { FEWEST_COLUMNS = 256, MOST_COLUMNS = 2048, UNITS_A_THREAD = 4 };
+/* Weights come from memory once a step: half as fast without a hint. */
+enum { PREFETCHED_FLOATS = 128, GROUPS_AHEAD = 8 };
 enum { ROUND_DELTA = 0, ROUND_SUM = 1 };
 enum { FIELD_A, FIELD_B, FIELD_SCALE, FIELD_RANK, NUM_FIELDS };
 
@@ -25,7 +28,7 @@ typedef struct {
   int64_t first_column, width, bias, bias_type;
 } Site;
 
-/* All that is the same for every step; entries is adapters.ops.entries' table of the sites, [num_sites, num_slots, 4]. */
+/* All that is the same for every step; entries [num_sites, num_slots, 4] is adapters.ops.entries' table of the sites. */
 typedef struct {
   const int64_t *entries;
   const Site *sites;
@@ -64,7 +67,8 @@ INLINE float sum_of(__m256 v) {
 
 /* ---- shrink: hidden = x A^T ------------------------------------------------------------------------------------ */
 
-/* num_rows rows by num_ranks rows of A, num_rows x num_ranks at most 8: as many independent sums as hide the latency. */
+/* num_rows rows by num_ranks rows of A, num_rows x num_ranks at most 8: as many independent sums as hide the
+ * latency. */
 INLINE void shrink_tile(const int num_rows, const int num_ranks, const float *const *x, const float *a, int64_t num_in,
                         float *const *out) {
   __m256 sums[8];
@@ -291,7 +295,8 @@ static int64_t columns_of_a_unit(int64_t num_columns, int num_threads) {
   return share < FEWEST_COLUMNS ? FEWEST_COLUMNS : share < MOST_COLUMNS ? share : MOST_COLUMNS;
 }
 
-/* hidden_stride: at least the sum of the ranks of any slot's sites. Returns 0, or 1 where there is no memory for scratch. */
+/* hidden_stride: at least the sum of the ranks of any slot's sites. Returns 0, or 1 where there is no memory for
+ * scratch. */
 int lorikeet_add_lora(const Linears *linears, const Panel *panels, int64_t num_panels, const int32_t *order,
                        int64_t num_rows, void *y, int64_t y_stride, int64_t y_type, const void *x, int64_t x_stride,
                        int64_t x_type, int64_t hidden_stride, int64_t num_threads) {

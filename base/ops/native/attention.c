@@ -48,7 +48,7 @@ typedef struct {
   double scaling;
 } Layer;
 
-/* ---- rotate and store --------------------------------------------------------------------------------------------- */
+/* ---- rotate and store -------------------------------------------------------------------------------------------- */
 
 INLINE void rotate(const char *from, const char *cos, const char *sin, char *to, int64_t dim, const int64_t type) {
   const int64_t size = size_of(type), half = dim / 2;
@@ -82,7 +82,7 @@ FAST static void rotate_row(const Layer *layer, int64_t row) {
   else rotate_row_of(layer, row, TYPE_FLOAT32);
 }
 
-/* ---- a chunk ------------------------------------------------------------------------------------------------------ */
+/* ---- a chunk ----------------------------------------------------------------------------------------------------- */
 
 /* A head's part of a chunk lies in scratch as dim sums of values, the largest score, and the sum of the weights. */
 INLINE float *part_of(const Shape *shape, float *parts, int64_t chunk, int64_t head) {
@@ -116,7 +116,8 @@ INLINE const char *next_of(Walk *walk) {
   return at;
 }
 
-/* The next KEYS keys or values side by side; zeros beyond num_left. ``ahead`` walks KEYS before: those are asked for. */
+/* The next KEYS keys or values side by side; zeros beyond num_left. ``ahead`` walks KEYS before: those are asked
+ * for. */
 INLINE void widen_keys(Walk *walk, Walk *ahead, int64_t num_left, int64_t dim, float *to, const int64_t type) {
   for (int64_t key = 0; key < KEYS; key++, to += dim) {
     if (key >= num_left) {
@@ -224,8 +225,8 @@ INLINE void attend_chunk_of(const Layer *layer, int64_t number, int64_t kv_head,
   }
 }
 
-FAST static void attend_chunk(const Layer *layer, int64_t number, int64_t kv_head, int64_t first_head, int64_t num_heads,
-                              float *parts) {
+FAST static void attend_chunk(const Layer *layer, int64_t number, int64_t kv_head, int64_t first_head,
+                              int64_t num_heads, float *parts) {
   if (layer->step->shape->type == TYPE_BFLOAT16)
     attend_chunk_of(layer, number, kv_head, first_head, num_heads, parts, TYPE_BFLOAT16);
   else attend_chunk_of(layer, number, kv_head, first_head, num_heads, parts, TYPE_FLOAT32);
@@ -240,7 +241,7 @@ static void chunk_unit(const Layer *layer, int64_t unit, float *parts) {
   }
 }
 
-/* ---- chunks joined ------------------------------------------------------------------------------------------------- */
+/* ---- chunks joined ----------------------------------------------------------------------------------------------- */
 
 INLINE float power_of_e(float x) { return _mm256_cvtss_f32(exp_of(_mm256_set1_ps(x))); }
 
@@ -270,7 +271,7 @@ FAST static void join_chunks(const Layer *layer, int64_t number, int64_t head, f
   }
 }
 
-/* ---- a call -------------------------------------------------------------------------------------------------------- */
+/* ---- a call ------------------------------------------------------------------------------------------------------ */
 
 /* Returns 0, or 1 where there is no memory for scratch. dim is a multiple of 16, at most MOST_DIM. */
 int lorikeet_attend(const Step *step, const char *query, int64_t query_stride, const char *key, int64_t key_stride,

@@ -1,17 +1,17 @@
 /* y = x W^T + bias on a CPU, W kept in 4 bits or in bfloat16 and widened on its way through the registers.
  *
- * A weight is read once a call, in the order in which it lies. In 4 bits, 64 inputs of an output (a block, one scale) are
- * 32 bytes; the 16 values that they may have, scaled and rounded to bfloat16 as bitsandbytes does, are two tables of 16
- * bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Few rows are multiplied
- * with the weights in registers; more with eight outputs' weights unpacked into the first-level cache, three rows by four
- * outputs at a time.
+ * A weight is read once a call, in the order in which it lies. In 4 bits, 64 inputs of an output (a block, one scale)
+ * are 32 bytes; the 16 values that they may have, scaled and rounded to bfloat16 as bitsandbytes does, are two tables
+ * of 16 bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Few rows are multiplied
+ * with the weights in registers; more with eight outputs' weights unpacked into the first-level cache, three rows by
+ * four outputs at a time.
  *
- * Of a block, step s and lane i are input 8 s + i, which lies in byte 16 (i / 4) + 8 (s / 2 % 2) + 2 (i % 4) + s % 2, in its
- * lower half if s < 4; so shuffles that stay within 128 bits and interleave end with eight inputs in their order. In bytes
- * 16 to 31 the fourth bit of a code is inverted, since there the table begins with its ninth value.
+ * Of a block, step s and lane i are input 8 s + i, which lies in byte 16 (i / 4) + 8 (s / 2 % 2) + 2 (i % 4) + s % 2,
+ * in its lower half if s < 4; so shuffles that stay within 128 bits and interleave end with eight inputs in their
+ * order. In bytes 16 to 31 the fourth bit of a code is inverted, since there the table begins with its ninth value.
  *
- * A row has the same bits for every number of rows and threads: each number of y is one thread's eight partial sums over
- * the input in steps of eight, then a tree. Loaded through ctypes, after torch, whose OpenMP runtime it uses.
+ * A row has the same bits for every number of rows and threads: each number of y is one thread's eight partial sums
+ * over the input in steps of eight, then a tree. Loaded through ctypes, after torch, whose OpenMP runtime it uses.
  */
 #include "vectors.h"
 
@@ -82,7 +82,8 @@ INLINE Table table_of(Values values, float scale) {
   const __m256 factor = _mm256_set1_ps(scale);
   const __m256i even = nearest(_mm256_mul_ps(values.even, factor)), odd = nearest(_mm256_mul_ps(values.odd, factor));
   const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
-  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
   const __m256i bytes = _mm256_shuffle_epi8(both, order);
   const __m256i swapped = _mm256_permute2x128_si256(bytes, bytes, 1);
   const Table table = {_mm256_unpackhi_epi64(bytes, swapped), _mm256_unpacklo_epi64(bytes, swapped)};
@@ -236,7 +237,7 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
   }
 }
 
-/* ---- many rows: weights unpacked into the first-level cache -------------------------------------------------------- */
+/* ---- many rows: weights unpacked into the first-level cache ------------------------------------------------------ */
 
 FAST static void unpack_four_bit(const Linear *of, Group group, int64_t num_in, float *to) {
   const Values meant = values_of(of);
@@ -352,7 +353,7 @@ FAST static void many_rows(const Product *product, int64_t out, int64_t first_ro
   }
 }
 
-/* ---- a call -------------------------------------------------------------------------------------------------------- */
+/* ---- a call ------------------------------------------------------------------------------------------------------ */
 
 FAST static void finish(const Product *product, int64_t out, int64_t first_row, int num_rows, __m256 (*sums)[OUTS]) {
   const float *bias = product->of->bias;
@@ -380,8 +381,8 @@ FAST static void unit(const Product *product, int64_t out) {
   }
 }
 
-/* Rows of x and y may lie apart, strides in numbers. out is a multiple of 8, in of 64 (4 bits) or 8. Returns 0, or 1 where
- * there is no memory for the widened x. */
+/* Rows of x and y may lie apart, strides in numbers. out is a multiple of 8, in of 64 (4 bits) or 8. Returns 0, or 1
+ * where there is no memory for the widened x. */
 int lorikeet_linear(const Linear *of, const char *x, int64_t x_stride, int64_t x_type, char *y, int64_t y_stride,
                     int64_t y_type, int64_t num_rows, int64_t num_threads) {
   const int64_t num_in = of->num_in;

@@ -54,8 +54,8 @@ FAST static void norm_row(const char *hidden, char *delta, const char *weight, f
   else norm_row_of(hidden, delta, weight, epsilon, to, width, TYPE_FLOAT32);
 }
 
-/* to = norm(delta + hidden), and the sum is left in delta; or norm(hidden) where delta is null. All [num_rows, width] side
- * by side, of one type, and width a multiple of 8. */
+/* to = norm(delta + hidden), and the sum is left in delta; or norm(hidden) where delta is null. All [num_rows,
+ * width] side by side, of one type, and width a multiple of 8. */
 void lorikeet_norm(const char *hidden, char *delta, const char *weight, double epsilon, char *to, int64_t num_rows,
                    int64_t width, int64_t type, int64_t num_threads) {
   const int64_t stride = width * size_of(type);
@@ -82,8 +82,8 @@ FAST static void gate_part(const char *gate, const char *up, char *to, int64_t c
   else gate_part_of(gate, up, to, count, TYPE_FLOAT32);
 }
 
-/* to = silu(gate) * up: [num_rows, width] each, rows of gate and up apart by their strides (in numbers), width a multiple
- * of 8. */
+/* to = silu(gate) * up: [num_rows, width] each, rows of gate and up apart by their strides (in numbers), width a
+ * multiple of 8. */
 void lorikeet_gate(const char *gate, int64_t gate_stride, const char *up, int64_t up_stride, char *to, int64_t num_rows,
                    int64_t width, int64_t type, int64_t num_threads) {
   const int64_t size = size_of(type);

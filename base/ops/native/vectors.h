@@ -1,5 +1,5 @@
-/* What the compiled kernels of a CPU share: eight float32 lanes (AVX2 with FMA), the two types of a row, and the one order
- * in which eight partial sums become one. Everything is exact or rounded to nearest even; nothing is contracted.
+/* What the compiled kernels of a CPU share: eight float32 lanes (AVX2 with FMA), the two types of a row, and the one
+ * order in which eight partial sums become one. Everything is exact or rounded to nearest even; nothing is contracted.
  */
 #ifndef LORIKEET_VECTORS_H
 #define LORIKEET_VECTORS_H
@@ -95,7 +95,8 @@ INLINE __m256 exp_of(__m256 x) {
 /* Not inlined: what OpenMP makes of a loop is compiled for any x86. */
 FAST static __attribute__((unused)) void widen_row(const uint16_t *from, float *to, int64_t count) {
   int64_t k = 0;
-  for (; k + LANES <= count; k += LANES) _mm256_storeu_ps(to + k, widened(_mm_loadu_si128((const __m128i *)(from + k))));
+  for (; k + LANES <= count; k += LANES)
+    _mm256_storeu_ps(to + k, widened(_mm_loadu_si128((const __m128i *)(from + k))));
   for (; k < count; k++) {
     const uint32_t bits = (uint32_t)from[k] << 16;
     memcpy(to + k, &bits, sizeof bits);
