@@ -28,7 +28,7 @@ typedef struct {
   int64_t first_column, width, bias, bias_type;
 } Site;
 
-/* All that is the same for every step; entries [num_sites, num_slots, 4] is adapters.ops.entries' table of the sites. */
+/* All that is the same for every step; entries [num_sites, num_slots, 4] is adapters.ops.entries' table. */
 typedef struct {
   const int64_t *entries;
   const Site *sites;
