@@ -41,6 +41,7 @@ from engine.kv import KVCache, kv_bytes_per_token
 from engine.lifecycle import Lifecycle
 from engine.memory import MemoryPlan, plan_memory
 from engine.messages import Outbound, Wake
+from engine.native_selection import selection_on
 from engine.observer import Observer, SilentObserver
 from engine.probe import Probe, probe_blocks
 from engine.recorder import CudaRecorder
@@ -140,7 +141,7 @@ def build_parts(
     board = StatusBoard(num_blocks, Picture({}, {}, 0, 0, swaps.picture(), 0, 0), kernels)
     vocab_size = base.spec.vocab_size
     lifecycle = Lifecycle(residency, observer, grammars, base.spec.eos_token_ids, vocab_size, max_model_len)
-    executor = Executor(runner, Sampler(vocab_size), observer)
+    executor = Executor(runner, Sampler(vocab_size, selection_on(base.device)), observer)
     engine = Engine(config, scheduler, executor, swaps, lifecycle, board, observer, deliver)
     probe.warm_up()
     if attention is not None:

@@ -18,9 +18,9 @@ from engine.logprobs import score_prompt, score_tokens
 from engine.messages import TokenLogprob
 from engine.penalties import TokenCounts, apply_penalties, has_penalties
 from engine.randomness import RandomStream
-from engine.ranking import NO_TOKEN, best_of
+from engine.ranking import NO_TOKEN
 from engine.sampling import SamplingParams
-from engine.selection import asks_device, draw, draw_truncated, is_truncated
+from engine.selection import Select, asks_device, select_tokens
 from engine.upload import upload
 
 __all__ = ["NumericalFailure", "SampledRow", "SampledToken", "Sampler", "SamplerState", "score_prompt"]
@@ -116,10 +116,11 @@ class SamplerState:
 
 
 class Sampler:
-    """Stateless but for the vocabulary's size."""
+    """Stateless but for the vocabulary's size, and who chooses."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, select: Select = select_tokens) -> None:
         self._vocab_size = vocab_size
+        self._select = select
 
     @torch.inference_mode()
     def sample(self, logits: Tensor | Sequence[Tensor], states: Sequence[SamplerState]) -> list[SampledRow]:
@@ -143,19 +144,8 @@ class Sampler:
         Waits for the device only where a state needs the host.
         """
         rows = self._shaped(raw, states)
-        best, ids = best_of(rows)
-        is_sound = torch.isfinite(best)
-        if rows is not raw:
-            is_sound &= torch.isfinite(raw.amax(-1))
-        drawn = [i for i, s in enumerate(states) if not s.params.is_greedy]
-        cut = {i for i in drawn if is_truncated(states[i].params, self._vocab_size)}
-        for choose, group in ((draw, [i for i in drawn if i not in cut]), (draw_truncated, sorted(cut))):
-            if group:
-                params = [states[i].params for i in group]
-                index = upload(group, torch.int64, rows.device)
-                chosen = choose(rows[index], params, [uniforms[i] for i in group])
-                ids.index_copy_(0, index, chosen)
-        return ids.masked_fill_(~is_sound, NO_TOKEN)
+        ids = self._select(rows, [state.params for state in states], uniforms)
+        return ids if rows is raw else ids.masked_fill_(~torch.isfinite(raw.amax(-1)), NO_TOKEN)
 
     @staticmethod
     def _shaped(raw: Tensor, states: Sequence[SamplerState]) -> Tensor:

@@ -2,22 +2,25 @@
 
 Probabilities become integers (a share of 2**40 of the likeliest token's), so that every sum below is exact: no result
 depends on the order of an addition, hence none on the device's scan, the width of a sort, or a batch's other rows.
-The one inexact operation is ``exp``. On a CPU it is numpy's, which treats every place of an array alike; torch's own
-has a vectorised body and a scalar tail, which differ in the last bit.
+The one inexact operation is ``exp``. On a CPU it is engine.exponential's, whose bits are the same on every processor
+and in every place of an array; torch's own has a vectorised body and a scalar tail, which differ in the last bit.
+engine.native_selection has a compiled twin of all this for a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.ranking import ranked_ids
+from engine.exponential import relative_exp
+from engine.ranking import NO_TOKEN, best_of, ranked_ids
 from engine.sampling import SamplingParams
 from engine.upload import upload
 
+Select = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]
+"""``select_tokens`` and what takes its place."""
 WEIGHT_ONE = 2**40  # V * 2**40 stays below 2**63 for any vocabulary below 8 million
 FIRST_WIDTH = 256  # tokens that are sorted at first for top_p; a row that needs more gets 16 times as many
 WIDENING = 16
@@ -31,6 +34,19 @@ def is_truncated(params: SamplingParams, vocab_size: int) -> bool:
 def asks_device(params: SamplingParams, vocab_size: int) -> bool:
     """May drawing have to look at what the device found, and so to wait for it? Only top_p over a flat distribution."""
     return not params.is_greedy and params.top_p < 1.0 and not 0 < params.top_k < vocab_size
+
+
+def select_tokens(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """[S, V] float32, one uniform in [0, 1) a row -> [S] int64 token ids, NO_TOKEN where a row is not sound."""
+    best, ids = best_of(logits)
+    drawn = [i for i, p in enumerate(params) if not p.is_greedy]
+    cut = {i for i in drawn if is_truncated(params[i], logits.shape[-1])}
+    for choose, group in ((draw, [i for i in drawn if i not in cut]), (draw_truncated, sorted(cut))):
+        if group:
+            index = upload(group, torch.int64, logits.device)
+            chosen = choose(logits[index], [params[i] for i in group], [uniforms[i] for i in group])
+            ids.index_copy_(0, index, chosen)
+    return ids.masked_fill_(~torch.isfinite(best), NO_TOKEN)
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
@@ -80,7 +96,7 @@ def token_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 def _exp(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
-        return torch.from_numpy(np.exp(values.numpy()))
+        return torch.from_numpy(relative_exp(values.numpy()))
     return torch.exp(values)
 
 

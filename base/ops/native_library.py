@@ -17,7 +17,9 @@ from typing import Final
 import torch
 
 MODULE: Final = "base.ops._native"
-KERNELS: Final = tuple(f"lorikeet_{name}" for name in ("linear", "norm", "gate", "attend", "add_lora"))
+KERNELS: Final = tuple(
+    f"lorikeet_{name}" for name in ("linear", "norm", "gate", "attend", "add_lora", "choose")
+)
 
 
 class NativeMissing(Exception):
