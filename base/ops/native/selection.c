@@ -1,9 +1,9 @@
-/* One token a row, from logits, as engine/selection.py says it, which is the plain twin: to the bit, since the sums are
- * of integers and the exponential is the one of engine/exponential.py, operation by operation. So no order of addition,
- * no number of threads and no other row changes a choice.
+/* One token a row, from logits, as engine/selection.py says it, which is the plain twin: to the bit, since sums are of
+ * integers and the exponential is the one of engine/exponential.py, operation by operation. So no order of addition, no
+ * number of threads and no other row changes a choice.
  *
- * A row is one thread's. What is cut off by top_k and top_p is found without sorting the row: its tokens are counted and
- * summed in bins of equal width, from the likeliest down, and only the bins in which something is to be found are sorted.
+ * A row is one thread's. What top_k and top_p cut off is found without sorting the row: its tokens are counted and
+ * summed in bins of equal width, from the likeliest down, and only the bins in which something is sought are sorted.
  */
 #include "vectors.h"
 
@@ -38,7 +38,7 @@ INLINE __m256 load_logits(const float *logits, int64_t at, int64_t width) {
 
 INLINE __m128 half_of(__m256 v, int which) { return which ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v); }
 
-/* ---- the likeliest ------------------------------------------------------------------------------------------------- */
+/* ---- the likeliest ----------------------------------------------------------------------------------------------- */
 
 /* 0 where the row holds NaN or plus infinity, or nothing but minus infinity. */
 FAST static int find_best(const float *logits, int64_t width, float *best) {
@@ -65,7 +65,7 @@ FAST static int64_t place_of(float best, const float *logits, int64_t width) {
   }
 }
 
-/* ---- weights ------------------------------------------------------------------------------------------------------- */
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 /* How far below the best, in temperatures: from -32 to 0. */
 INLINE __m256d ratios_of(__m128 logits, const Row *row) {
@@ -133,7 +133,7 @@ static inline int64_t share_of(double uniform, int64_t total) {
   return share < total ? share : total - 1;
 }
 
-/* ---- all tokens, in their own order --------------------------------------------------------------------------------- */
+/* ---- all tokens, in their own order ------------------------------------------------------------------------------ */
 
 /* The first token of a block at which the sum, up_to so far, passes the share; one does. */
 FAST static int64_t pick(const Row *row, int64_t first, int64_t up_to, int64_t share) {
@@ -162,7 +162,7 @@ FAST static int64_t draw(const Row *row, double uniform) {
   return pick(row, place * block, up_to, share);
 }
 
-/* ---- tokens by rank ------------------------------------------------------------------------------------------------- */
+/* ---- tokens by rank ---------------------------------------------------------------------------------------------- */
 
 /* Of each bin; the last takes what weighs nothing. */
 typedef struct {
@@ -234,12 +234,12 @@ FAST static void gather(const Row *row, int32_t bin, int64_t count, uint64_t *it
   const double bin_width = row->temperature * LOWEST / BINS; /* below 0 */
   /* a bin wider on both sides than it is, so that no rounding matters */
   const __m256 most = _mm256_set1_ps((float)(row->best + bin_width * (bin - 1)));
-  const __m256 least = _mm256_set1_ps((float)(row->best + bin_width * (bin + 2)));
+  const __m256 low = _mm256_set1_ps((float)(row->best + bin_width * (bin + 2)));
   const uint32_t best = (uint32_t)key_of((float)row->best);
   for (int64_t k = 0, num = 0; num < count; k += LANES) {
     const __m256 logits = load_logits(row->logits, k, row->width);
-    const __m256 near = _mm256_and_ps(_mm256_cmp_ps(logits, most, _CMP_LE_OQ), _mm256_cmp_ps(logits, least, _CMP_GE_OQ));
-    if (!_mm256_movemask_ps(near)) continue;
+    const __m256 is_below = _mm256_cmp_ps(logits, most, _CMP_LE_OQ), is_above = _mm256_cmp_ps(logits, low, _CMP_GE_OQ);
+    if (!_mm256_movemask_ps(_mm256_and_ps(is_below, is_above))) continue;
     int32_t bins[LANES];
     UNROLL for (int i = 0; i < 2; i++) bins_of(ratios_of(half_of(logits, i), row), bins + i * DOUBLES);
     for (int i = 0; i < LANES; i++)
@@ -300,7 +300,7 @@ static int64_t draw_truncated(const Row *row, const Ask *ask) {
   return seek(row, &bins, &share).id;
 }
 
-/* ---- rows ---------------------------------------------------------------------------------------------------------- */
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
 
 static int64_t choose(const float *logits, int64_t width, const Ask *ask) {
   float best;
