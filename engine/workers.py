@@ -50,7 +50,7 @@ def begin_thread(work: Callable[[], None], name: str, num_threads: int | None) -
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     has_begun.wait()
-    torch.set_num_threads(torch.get_num_threads())  # this thread's is again the default of those to come
+    _be_the_default()
     return thread
 
 
@@ -65,4 +65,10 @@ def run_apart(work: Callable[[], T], num_threads: int | None) -> T:
             outcome.set_exception(error)
 
     begin_thread(run, "lorikeet-start", num_threads).join()
+    _be_the_default()  # the work may have begun threads, and so made its own number the default
     return outcome.result()
+
+
+def _be_the_default() -> None:
+    """This thread's number is again that of threads to come."""
+    torch.set_num_threads(torch.get_num_threads())

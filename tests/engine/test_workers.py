@@ -70,6 +70,12 @@ def test_work_apart_gives_its_result_and_its_error() -> None:
         run_apart(_fail, 1)
 
 
+def test_what_works_apart_may_begin_a_thread_and_changes_nobody_elses_number() -> None:
+    take_processors()
+    run_apart(lambda: begin_thread(lambda: None, "test", 3), 2).join()
+    assert (torch.get_num_threads(), _number_in_a_later_thread()) == (1, 1)
+
+
 def _fail() -> None:
     raise LookupError("nothing here")
 
@@ -103,6 +109,12 @@ with housing(settings, Path("packages")) as house:
     registry = Registry(Path("state"), house.sites, Limits(), [house.spec.name])
     ref = registry.register("json", Path(sys.argv[1]), within=Path("/"))[0].ref
     client = house.open_engine(registry, SilentObserver())
+
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [1], f"threads that begin later have {later[0]} processors"
 
     async def ask():
         parts = (ImagePart(Image.new("RGB", (84, 56))), TextPart("a red circle"))
