@@ -31,6 +31,9 @@ MODEL_PHASES = frozenset({"encode", "forward"})
 OPENS_AT, CLOSES_AT = 0.25, 0.75
 """Of the tokens that the streams will give: at first prompts are computed, at last streams end."""
 POLL_S = 0.05
+LONGEST_SLEEP_S = (
+    0.25  # a rate that was measured beside scrapes is too low: the window must not outlast the streams
+)
 NUM_WORDS = 12
 Tell = Callable[[str], None]
 
@@ -140,7 +143,8 @@ async def _reach(
             raise NothingMeasured(
                 "the streams ended before the window: ask for more --tokens, and a server that is ours"
             )
-        await asyncio.sleep(max(POLL_S, 0.9 * _expected_s(edge, since, num_tokens)))
+        expected_s = _expected_s(edge, since, num_tokens)
+        await asyncio.sleep(max(POLL_S, min(0.5 * expected_s, LONGEST_SLEEP_S)))
 
 
 def _expected_s(edge: Edge, since: Edge | None, num_tokens: float) -> float:
