@@ -31,9 +31,8 @@ MODEL_PHASES = frozenset({"encode", "forward"})
 OPENS_AT, CLOSES_AT = 0.25, 0.75
 """Of the tokens that the streams will give: at first prompts are computed, at last streams end."""
 POLL_S = 0.05
-LONGEST_SLEEP_S = (
-    0.25  # a rate that was measured beside scrapes is too low: the window must not outlast the streams
-)
+LONGEST_SLEEP_S = 0.25
+"""A rate that was measured beside scrapes is too low, and the window must not outlast the streams."""
 NUM_WORDS = 12
 Tell = Callable[[str], None]
 

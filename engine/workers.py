@@ -54,7 +54,7 @@ def begin_thread(work: Callable[[], None], name: str, num_threads: int | None) -
     return thread
 
 
-def run_apart(work: Callable[[], T], num_threads: int | None) -> T:
+def run_apart(work: Callable[[], T], num_threads: int) -> T:
     """``work()``'s result or error, of a thread of its own, with which its team of workers ends."""
     outcome: Future[T] = Future()
 

@@ -84,9 +84,8 @@ def _on_a_thread(settings: Settings, packages: Path) -> tuple[House, Callable[[]
     num_threads = take_processors()
     base = run_apart(lambda: load_base(settings.base_config()), num_threads)
     if base.device.type != "cpu":
-        torch.set_num_threads(
-            num_threads
-        )  # no step waits for processors: whoever stages adapters may have them
+        # no step waits for processors: whoever stages adapters may have them
+        torch.set_num_threads(num_threads)
 
     def open_engine(registry: Registry, observer: Observer) -> EngineClient:
         def build() -> EngineClient:
