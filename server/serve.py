@@ -79,11 +79,12 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
     from server.admin import restore_pins
     from server.app import create_app
     from server.draining import DrainingServer
+    from server.http11 import HttpProtocol
     from server.upkeep import Upkeep, stop
 
     config = uvicorn.Config(
         create_app(state),
-        http="h11",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         access_log=False,

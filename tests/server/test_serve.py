@@ -26,6 +26,7 @@ from adapters.validation import Limits
 from engine.errors import Draining
 from engine.request import GenerationRequest
 from server.draining import DrainingServer
+from server.http11 import HttpProtocol
 from server.logs import JsonLines, TextLines, trace_of
 from server.places import PlaceError, adapter_roots, open_state_dir
 from server.roots import register_roots
@@ -278,7 +279,7 @@ def leaving(surface: Surface) -> Iterator[tuple[str, DrainingServer, threading.T
     config = uvicorn.Config(
         surface.app,
         port=0,
-        http="h11",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -17,6 +17,7 @@ from adapters.sources.local import LocalSource
 from adapters.validation import Limits
 from server.app import create_app
 from server.auth import Gate
+from server.http11 import HttpProtocol
 from server.keys import KeyRing
 from server.media import MediaLoader
 from server.metrics import Metrics
@@ -101,7 +102,9 @@ def _open_registry(folder: Path, settings: Settings, metrics: Metrics) -> Regist
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The app under uvicorn on a free port, in a thread; gives its URL."""
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app, http=HttpProtocol, ws="none", lifespan="off", log_config=None, access_log=False
+    )
     server = QuickServer(config)
     with server.running():
         yield server.url

@@ -16,6 +16,7 @@ import uvicorn
 
 from server.app import create_app
 from server.auth import Gate
+from server.http11 import HttpProtocol
 from server.keys import Key, KeyRing
 from server.metrics import Metrics
 from server.settings import Settings
@@ -105,7 +106,11 @@ class Wire:
     @contextmanager
     def serving(self) -> Iterator[Wire]:
         config = uvicorn.Config(
-            create_app(self.state), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            create_app(self.state),
+            http=HttpProtocol,
+            log_level="error",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
         )
         server = QuickServer(config)
         with server.running():
