@@ -35,6 +35,15 @@ class Detokenizer:
         """The text that this token completes; U+FFFD for bytes that no continuation could make valid."""
         return self._decoder.decode(self._text_bytes(token_id))
 
+    def whole_text(self, token_id: int) -> str:
+        """What ``feed`` would give outside a character, where the token is whole characters: it leaves no trace then.
+        Empty where it is not, or has no text.
+        """
+        try:
+            return self._text_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return ""
+
     @property
     def is_inside_character(self) -> bool:
         return bool(self._decoder.getstate()[0])

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Stream:
-    """One request's answer: an async iterator of Delta and, last, Finish. Failures are raised as EngineError.
+    """One request's answer, for one reader: an async iterator of Delta and, last, Finish. Failures are raised.
 
     Deltas that nobody has read yet are merged, so a slow reader costs one pending Delta, not a queue of them.
     """
@@ -40,7 +40,7 @@ class Stream:
         self._assembler = assembler
         self._on_close = on_close
         self._pending: deque[Delta | Finish | EngineError] = deque()
-        self._news = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._is_ended = False
         self._is_closed = False
 
@@ -51,8 +51,8 @@ class Stream:
         while not self._pending:
             if self._is_ended or self._is_closed:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._waiter = self.loop.create_future()
+            await self._waiter
         item = self._pending.popleft()
         if isinstance(item, EngineError):
             raise item
@@ -63,14 +63,18 @@ class Stream:
         if not self._is_ended and not self._is_closed:
             self._is_closed = True
             self._on_close(self.request_id, "abort")
-        self._news.set()
+        self._wake()
 
     def push(self, messages: Seq[Outbound]) -> None:
         """On the event loop: turn the engine's messages into readable items."""
         for message in messages:
             if not self._is_ended:
                 self._take(message)
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _take(self, message: Outbound) -> None:
         if isinstance(message, Failed):

@@ -71,6 +71,7 @@ class TextAssembler:
         self._request = request
         self._detokenizer = Detokenizer(tokens)
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output)
+        self._has_stops = bool(params.stop)
         self._clock = clock
         self._pending: deque[_PendingToken] = deque()
         self._num_tokens = 0
@@ -100,6 +101,9 @@ class TextAssembler:
     def _push_tokens(self, message: Tokens) -> list[Delta | Finish]:
         if message.token_ids and self._first_token_s is None:
             self._first_token_s = self._clock()
+        plain = self._take_plain(message)
+        if plain is not None:
+            return [plain]
         logprobs = message.logprobs or (None,) * len(message.token_ids)
         text, match = "", None
         for token_id, logprob in zip(message.token_ids, logprobs, strict=True):
@@ -117,6 +121,26 @@ class TextAssembler:
             self.is_finished = True
             items.append(Finish("stop", match.stop, self._usage(), self._timings()))
         return items
+
+    def _take_plain(self, message: Tokens) -> Delta | None:
+        """The usual token: alone, of whole characters, after a text of which everything is shown. It is a piece as it
+        is. None for any other, and then nothing was taken: ``_take`` knows them all, and gives the same for these.
+        """
+        if (
+            self._has_stops
+            or self._pending
+            or message.prompt_logprobs is not None
+            or len(message.token_ids) != 1
+        ):
+            return None  # a token that ends inside a character is pending
+        token_id = message.token_ids[0]
+        text = self._detokenizer.whole_text(token_id)
+        if not text or token_id in self._request.sampling.stop_token_ids:
+            return None
+        self._num_tokens += 1
+        self._num_decoded += len(text)
+        self._num_shown += len(text)
+        return Delta(text, message.token_ids, message.logprobs)
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[str, StopMatch | None]:
         """Decode one token; the text that may now be shown."""

@@ -39,7 +39,7 @@ class Generation:
         """All choices or none: when one is refused the others are aborted by ``close``. Raises EngineError."""
         for request in requests:
             self._streams.append(self._engine.submit(request))
-        self._flow = self._merged()
+        self._flow = _whole(0, self._streams[0]) if len(self._streams) == 1 else self._merged()
 
     async def has_begun(self, timeout_s: float) -> bool:
         """Waits for the first event, so that a failure before it is a status; False when time is up first.
@@ -80,10 +80,6 @@ class Generation:
         return await anext(self._flow, None)
 
     async def _merged(self) -> AsyncIterator[Event]:
-        if len(self._streams) == 1:
-            async for item in _whole(self._streams[0]):
-                yield 0, item
-            return
         queue: asyncio.Queue[Event | Exception] = asyncio.Queue(maxsize=len(self._streams))
         self._tasks = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
         num_open = len(self._streams)
@@ -105,19 +101,19 @@ def _leases(state: ServerState, adapters: Sequence[AdapterRef]) -> ExitStack:
 
 async def _pump(index: int, stream: TokenStream, queue: asyncio.Queue[Event | Exception]) -> None:
     try:
-        async for item in _whole(stream):
-            await queue.put((index, item))
+        async for event in _whole(index, stream):
+            await queue.put(event)
     except Exception as error:  # noqa: BLE001 (whoever reads the queue raises it; unsaid, the reader would wait for ever)
         await queue.put(error)
 
 
-async def _whole(stream: TokenStream) -> AsyncIterator[Delta | Finish]:
+async def _whole(index: int, stream: TokenStream) -> AsyncIterator[Event]:
     """A stream up to its Finish. One that ends without, or was cut by the engine, is an error, never a short answer."""
     async for item in stream:
         if isinstance(item, Finish):
             if item.reason == "abort":
                 break
-            yield item
+            yield index, item
             return
-        yield item
+        yield index, item
     raise StepFailed("the generation was ended before it was complete")

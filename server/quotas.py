@@ -43,18 +43,12 @@ class Quotas:
                 headers={"retry-after": str(math.ceil(wait_s))},
             )
 
-    async def metered(
+    def metered(
         self, events: AsyncIterator[Event], requests: Sequence[GenerationRequest], caller: Caller
     ) -> AsyncIterator[Event]:
         """The same events, each charged to the caller."""
         budget = self._budget(caller)
-        if budget is not None:
-            prompts = {id(request.prompt): len(request.prompt.ids) for request in requests}
-            budget.spend(sum(prompts.values()))
-        async for event in events:
-            if budget is not None and not isinstance(event[1], Finish):
-                budget.spend(len(event[1].token_ids))
-            yield event
+        return events if budget is None else _charged(events, requests, budget)
 
     def _budget(self, caller: Caller) -> TokenBudget | None:
         if caller.tokens_per_minute is None:
@@ -63,3 +57,14 @@ class Quotas:
         if budget is None:
             budget = self._budgets[caller.name] = TokenBudget(caller.tokens_per_minute, self._clock)
         return budget
+
+
+async def _charged(
+    events: AsyncIterator[Event], requests: Sequence[GenerationRequest], budget: TokenBudget
+) -> AsyncIterator[Event]:
+    prompts = {id(request.prompt): len(request.prompt.ids) for request in requests}
+    budget.spend(sum(prompts.values()))
+    async for event in events:
+        if not isinstance(event[1], Finish):
+            budget.spend(len(event[1].token_ids))
+        yield event

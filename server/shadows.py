@@ -115,23 +115,28 @@ class Shadows:
             return None
         return Copy(*found)
 
-    async def follow(
+    def follow(
         self,
         events: AsyncIterator[Event],
         requests: Sequence[GenerationRequest],
         copy: Copy | None,
         house: House,
     ) -> AsyncIterator[Event]:
-        """The same events; after the last of them the copy of the first choice is sent on its way."""
+        """The same events; after the last of them the copy of the first choice, if any, is sent on its way."""
+        return events if copy is None else self._followed(events, requests[0], copy, house)
+
+    async def _followed(
+        self, events: AsyncIterator[Event], request: GenerationRequest, copy: Copy, house: House
+    ) -> AsyncIterator[Event]:
         async for index, item in events:
-            if copy is not None and index == 0:
+            if index == 0:
                 if isinstance(item, Finish):
                     copy.answer.timings = item.timings
                 else:
                     copy.answer.token_ids += item.token_ids
             yield index, item
-        if copy is not None and copy.answer.timings is not None:
-            self._offer(copy, requests[0], house)
+        if copy.answer.timings is not None:
+            self._offer(copy, request, house)
 
     def _offer(self, copy: Copy, request: GenerationRequest, house: House) -> None:
         num_tokens = len(request.prompt.ids)

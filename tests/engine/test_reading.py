@@ -119,3 +119,31 @@ def test_whoever_falls_behind_whenever_reads_the_same_text_in_whole_characters(
         assert all("\ufffd" not in piece for piece in seen)
 
     with_stream(act)
+
+
+def test_a_reader_that_is_cancelled_leaves_the_stream_to_the_next() -> None:
+    async def act(stream: Stream) -> None:
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        stream.push(token(0))
+        assert await anext(stream) == Delta("a", (0,), ())
+        late = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        stream.push(token(1))
+        assert await late == Delta("b", (1,), ())
+
+    with_stream(act)
+
+
+def test_an_abort_ends_whoever_waits() -> None:
+    async def act(stream: Stream) -> None:
+        seen: list[str] = []
+        reader = asyncio.ensure_future(collect(stream, seen))
+        await asyncio.sleep(0)
+        stream.abort()
+        await asyncio.wait_for(reader, timeout=5)
+        assert seen == []
+
+    assert with_stream(act) == ["abort"]

@@ -15,6 +15,7 @@ from tests.support.requests import make_image, make_request
 
 END = 1000
 TIMINGS = Timings(1.0, 2.0, 3.0, 4.0)
+EMOJI = "🦜".encode()
 
 
 class Words:
@@ -277,3 +278,47 @@ def test_any_answer_is_its_decoding_cut_at_the_first_stop(token_ids: list[int], 
         assert isinstance(item, Delta)
         assert item.text or item is items[-2], "only the last piece may be tokens without text of their own"
         assert [score.token_id for score in item.logprobs] == list(item.token_ids)
+
+
+class OnlyWay(TextAssembler):
+    """Takes every token the way that works for all."""
+
+    def _take_plain(self, message: Tokens) -> Delta | None:
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(
+        st.one_of(st.integers(0, 8), st.just(END), st.lists(st.integers(0, 8), max_size=3)), max_size=12
+    ),
+    stop=st.sampled_from([(), ("ab",)]),
+    stop_token_ids=st.sampled_from([(), (1,)]),
+    min_tokens=st.integers(0, 3),
+    is_scored=st.booleans(),
+    scores_prompt=st.booleans(),
+    reason=st.sampled_from(["length", "stop", "abort"]),
+)
+def test_the_usual_token_is_taken_as_any_other_would_be(
+    pieces: list[int | list[int]],
+    stop: tuple[str, ...],
+    stop_token_ids: tuple[int, ...],
+    min_tokens: int,
+    is_scored: bool,
+    scores_prompt: bool,
+    reason: FinishReason,
+) -> None:
+    entries = ("a", "b", "", "\0\u2028é", "漢 🦜", EMOJI[:2], EMOJI[2:], b"\xff", b"c" + EMOJI[:1])
+    params = {"stop": stop, "stop_token_ids": stop_token_ids, "min_tokens": min_tokens}
+    request, words = make_request(**params), Words(*entries)  # type: ignore[arg-type]
+    seen = []
+    for kind in (TextAssembler, OnlyWay):
+        made = kind(request, words, clock=lambda: 7.0)
+        items: list[Delta | Finish] = []
+        for i, piece in enumerate(pieces):
+            ids = tuple(piece) if isinstance(piece, list) else (piece,)
+            logprobs = tuple(scored(token_id) for token_id in ids) if is_scored else ()
+            prompt = (None, scored(3)) if scores_prompt and i == 0 else None
+            items += made.push(Tokens("r", ids, logprobs, prompt_logprobs=prompt))
+        seen.append(items + made.push(finished(len(pieces), reason)))
+    assert seen[0] == seen[1]

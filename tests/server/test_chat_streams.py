@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import orjson
+import pytest
+
 from engine.messages import TokenLogprob
+from engine.stream import Delta
+from server.chat_form import ChatChoice
+from server.logprobs import chat_logprobs
+from server.replies import Head
+from server.schemas import parse_chat
+from server.sse import Frames
 from tests.fakes import delta, finish, say
 from tests.support.wire import CHAT as PATH
 from tests.support.wire import Wire, ask, stream
@@ -68,3 +77,39 @@ def test_any_text_survives_the_frames(wire: Wire) -> None:
     text = 'line\nbreaks\r\n\n "quotes" \\ é 漢 🦜 \u2028'
     wire.engine.script = say(text)
     assert stream(wire)[1]["choices"][0]["delta"]["content"] == text
+
+
+ODD_TEXTS = (
+    "plain",
+    '"quoted" \\ back',
+    "\x00\x01\x1f\x7f control",
+    "\r\n\t\b\f",
+    "\u2028\u2029\ufeff\ufffd",
+    "é 漢 🦜 \U0010ffff",
+    "</script>",
+    "data: [DONE]\n\n",
+)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_a_deltas_frame_is_what_the_general_encoder_writes(text: str, is_scored: bool) -> None:
+    logprobs = (TokenLogprob(65, -0.25, ((65, -0.25), (10, float("-inf")))),) if is_scored else ()
+    request = parse_chat(ask(logprobs=True, top_logprobs=2) if is_scored else ask())
+    choice = ChatChoice({"index": 0}, request, lambda token_id: bytes([token_id]))
+    head = Head("chatcmpl-1", 1700000000, 'model "x"', "fp_0")
+    (written,) = choice.take(Delta(text, (65,), logprobs))
+    plain = {
+        **head.fields("chat.completion.chunk"),
+        "choices": [
+            {
+                "index": 0,
+                "delta": {"content": text},
+                "logprobs": chat_logprobs(logprobs, 2, lambda i: bytes([i])) if is_scored else None,
+                "finish_reason": None,
+            }
+        ],
+    }
+    frame = Frames(head, "chat.completion.chunk", includes_usage=False).choice(written)
+    assert frame == b"data: " + orjson.dumps(plain) + b"\n\n"
+    assert frame.count(b"\n") == 2
