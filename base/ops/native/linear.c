@@ -4,7 +4,7 @@
  * are 32 bytes; the 16 values that they may have, scaled and rounded to bfloat16 as bitsandbytes does, are two tables
  * of 16 bytes, from which one shuffle takes the upper and one the lower bytes of 32 weights. Few rows are multiplied
  * with the weights in registers; more with eight outputs' weights unpacked into the first-level cache, three rows by
- * four outputs at a time.
+ * four outputs at a time, and what is left of the rows one by all eight.
  *
  * Of a block, step s and lane i are input 8 s + i, which lies in byte 16 (i / 4) + 8 (s / 2 % 2) + 2 (i % 4) + s % 2,
  * in its lower half if s < 4; so shuffles that stay within 128 bits and interleave end with eight inputs in their
@@ -19,10 +19,11 @@
 
 enum { OUTS = 8 };      /* outputs that are computed together, and lie together */
 enum { BLOCK = 64, HALF_STEPS = 4 }; /* inputs under one scale; vectors of weights that one look-up gives */
-enum { FEW_ROWS = 8, PANEL_ROWS = 64 };
+enum { FEW_ROWS = 8, FEW_ROWS_OF_HALVES = 4, PANEL_ROWS = 64, TILE_ROWS = 3, TILE_OUTS = 4 };
 enum { FEW_INPUTS = 256, MANY_INPUTS = 512 }; /* at a time: what of x, and of unpacked weights, the first cache holds */
 enum { AHEAD_BLOCKS = 4 }; /* of four bits */
 enum { HALVES_A_LINE = 32 }; /* a row of halves is short: the next group's is asked for while this one's is used */
+enum { SHARES = 64, FEWEST_GROUPS = 4 }; /* work is handed out in so many parts, of so many groups at least */
 enum { FORMAT_FOUR_BIT, FORMAT_FOUR_BIT_WIDE, FORMAT_BFLOAT16 }; /* 4 bits of bfloat16, of float32 weights; plain */
 
 typedef struct {
@@ -241,15 +242,21 @@ FAST static void few_rows(const Product *product, int64_t out, __m256 (*sums)[OU
 
 FAST static void unpack_four_bit(const Linear *of, Group group, int64_t num_in, float *to) {
   const Values meant = values_of(of);
-  for (int64_t at = 0; at < num_in / BLOCK * OUTS; at++) {
-    float *block = to + at % OUTS * MANY_INPUTS + at / OUTS * BLOCK;
-    const Table table = table_of(meant, group.scales[at]);
-    if (at % 2 == 0) _mm_prefetch((const char *)(group.codes + at + 2 * AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
-    UNROLL for (int half = 0; half < 2; half++) {
-      __m256 weights[HALF_STEPS];
-      look_up(codes_at(group.codes + at, half), table, weights);
-      UNROLL for (int step = 0; step < HALF_STEPS; step++)
-        _mm256_store_ps(block + (half * HALF_STEPS + step) * LANES, weights[step]);
+  for (int64_t block = 0; block < num_in / BLOCK; block++) {
+    const int64_t at = block * OUTS;
+    float *unpacked = to + block * BLOCK;
+    Table tables[OUTS]; /* apart from what uses them, as for few rows */
+    UNROLL for (int out = 0; out < OUTS; out++) {
+      tables[out] = table_of(meant, group.scales[at + out]);
+      if (out % 2 == 0) _mm_prefetch((const char *)(group.codes + at + out + 2 * AHEAD_BLOCKS * OUTS), _MM_HINT_T0);
+    }
+    UNROLL for (int out = 0; out < OUTS; out++) {
+      UNROLL for (int half = 0; half < 2; half++) {
+        __m256 weights[HALF_STEPS];
+        look_up(codes_at(group.codes + at + out, half), tables[out], weights);
+        UNROLL for (int step = 0; step < HALF_STEPS; step++)
+          _mm256_store_ps(unpacked + out * MANY_INPUTS + (half * HALF_STEPS + step) * LANES, weights[step]);
+      }
     }
   }
 }
@@ -275,25 +282,24 @@ FAST static void widen(const Linear *of, Group group, int64_t num_in, float *to)
   }
 }
 
-/* Halves that will be widened next, asked for bit by bit while others are multiplied: at once, memory would be late. */
+/* The next group's halves, asked for evenly while this one's are multiplied: in bursts they would keep what x waits for
+ * from the second cache waiting for memory. */
 typedef struct {
-  const uint16_t *from;
-  int64_t stride, lines_a_row, num_lines, asked;
+  const char *at;
+  int64_t bytes_a_step; /* of eight inputs of a tile */
 } Ahead;
 
-INLINE Ahead ahead_of(const Linear *of, int64_t out, int64_t input) {
-  const int64_t left = of->num_in - input, count = left < MANY_INPUTS ? left : MANY_INPUTS;
-  const int64_t lines = of->format == FORMAT_BFLOAT16 ? (count + HALVES_A_LINE - 1) / HALVES_A_LINE : 0;
-  const Ahead ahead = {group_at(of, out, input).halves, of->num_in, lines, lines * OUTS, 0};
+INLINE Ahead ahead_of(const Linear *of, int64_t out, int64_t num_tiles) {
+  Ahead ahead = {of->weight, 0}; /* four bits are asked for where they are unpacked */
+  if (of->format == FORMAT_BFLOAT16 && out < of->num_out) {
+    const int64_t bytes = OUTS * of->num_in * (int64_t)sizeof(uint16_t), steps = of->num_in / LANES * num_tiles;
+    ahead.at = (const char *)group_at(of, out, 0).halves;
+    ahead.bytes_a_step = (bytes + steps - 1) / steps;
+  }
   return ahead;
 }
 
-INLINE void ask(Ahead *ahead, int64_t until) {
-  for (; ahead->asked < until; ahead->asked++) {
-    const int64_t row = ahead->asked / ahead->lines_a_row, line = ahead->asked % ahead->lines_a_row;
-    _mm_prefetch((const char *)(ahead->from + row * ahead->stride + line * HALVES_A_LINE), _MM_HINT_T1);
-  }
-}
+INLINE void advance(Ahead *ahead, int64_t num_in) { ahead->at += ahead->bytes_a_step * (num_in / LANES); }
 
 /* to [OUTS, MANY_INPUTS] */
 FAST static void unpack(const Linear *of, Group group, int64_t num_in, float *to) {
@@ -304,17 +310,19 @@ FAST static void unpack(const Linear *of, Group group, int64_t num_in, float *to
   }
 }
 
-/* num_rows rows, at most three, by four outputs: twelve sums, enough to keep two multiply-adds a cycle busy. */
-INLINE void tile(const int num_rows, const float *x, int64_t x_stride, const float *weights, int64_t num_in,
-                 __m256 (*sums)[OUTS], const int first) {
-  __m256 own[3][4];
-  UNROLL for (int row = 0; row < num_rows; row++)
-    UNROLL for (int out = 0; out < 4; out++) own[row][out] = sums[row][first + out];
+/* Three rows by four outputs, from first on: twelve sums, enough to keep two multiply-adds a cycle busy. */
+INLINE void tile(const float *x, int64_t x_stride, const float *weights, int64_t num_in, __m256 (*sums)[OUTS],
+                 const int first, Ahead ahead) {
+  __m256 own[TILE_ROWS][TILE_OUTS];
+  UNROLL for (int row = 0; row < TILE_ROWS; row++)
+    UNROLL for (int out = 0; out < TILE_OUTS; out++) own[row][out] = sums[row][first + out];
   for (int64_t k = 0; k < num_in; k += LANES) {
+    _mm_prefetch(ahead.at, _MM_HINT_T1); /* before the loads: behind them, a tenth of the head's time more */
+    ahead.at += ahead.bytes_a_step;
     const float *at = weights + first * MANY_INPUTS + k;
     const __m256 w0 = _mm256_load_ps(at), w1 = _mm256_load_ps(at + MANY_INPUTS);
     const __m256 w2 = _mm256_load_ps(at + 2 * MANY_INPUTS);
-    UNROLL for (int row = 0; row < num_rows; row++) {
+    UNROLL for (int row = 0; row < TILE_ROWS; row++) {
       const __m256 values = _mm256_loadu_ps(x + row * x_stride + k);
       own[row][0] = _mm256_fmadd_ps(values, w0, own[row][0]);
       own[row][1] = _mm256_fmadd_ps(values, w1, own[row][1]);
@@ -323,8 +331,22 @@ INLINE void tile(const int num_rows, const float *x, int64_t x_stride, const flo
       own[row][3] = _mm256_fmadd_ps(values, _mm256_load_ps(at + 3 * MANY_INPUTS), own[row][3]);
     }
   }
-  UNROLL for (int row = 0; row < num_rows; row++)
-    UNROLL for (int out = 0; out < 4; out++) sums[row][first + out] = own[row][out];
+  UNROLL for (int row = 0; row < TILE_ROWS; row++)
+    UNROLL for (int out = 0; out < TILE_OUTS; out++) sums[row][first + out] = own[row][out];
+}
+
+/* One row by eight outputs: faster than two rows by four, of as many sums. */
+INLINE void row_tile(const float *x, const float *weights, int64_t num_in, __m256 *sums, Ahead ahead) {
+  __m256 own[OUTS];
+  UNROLL for (int out = 0; out < OUTS; out++) own[out] = sums[out];
+  for (int64_t k = 0; k < num_in; k += LANES) {
+    _mm_prefetch(ahead.at, _MM_HINT_T1);
+    ahead.at += ahead.bytes_a_step;
+    const __m256 values = _mm256_loadu_ps(x + k);
+    UNROLL for (int out = 0; out < OUTS; out++)
+      own[out] = _mm256_fmadd_ps(values, _mm256_load_ps(weights + out * MANY_INPUTS + k), own[out]);
+  }
+  UNROLL for (int out = 0; out < OUTS; out++) sums[out] = own[out];
 }
 
 FAST static void many_rows(const Product *product, int64_t out, int64_t first_row, int num_rows, float *unpacked,
@@ -332,23 +354,20 @@ FAST static void many_rows(const Product *product, int64_t out, int64_t first_ro
   const Linear *of = product->of;
   const int64_t stride = product->x_stride;
   memset(sums, 0, sizeof(__m256) * OUTS * num_rows);
+  Ahead ahead = ahead_of(of, out + OUTS, num_rows / TILE_ROWS * (OUTS / TILE_OUTS) + num_rows % TILE_ROWS);
   for (int64_t first = 0; first < of->num_in; first += MANY_INPUTS) {
     const int64_t count = of->num_in - first < MANY_INPUTS ? of->num_in - first : MANY_INPUTS;
+    const float *x = product->x + first_row * stride + first;
     unpack(of, group_at(of, out, first), count, unpacked);
-    Ahead ahead = first + count < of->num_in ? ahead_of(of, out, first + count) : ahead_of(of, out + OUTS, 0);
-    for (int row = 0; row < num_rows;) {
-      const float *x = product->x + (first_row + row) * stride + first;
-      const int left = num_rows - row;
-      const int taken = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-      for (int half = 0; half < OUTS; half += 4) {
-        switch (taken) {
-        case 1: tile(1, x, stride, unpacked, count, sums + row, half); break;
-        case 2: tile(2, x, stride, unpacked, count, sums + row, half); break;
-        default: tile(3, x, stride, unpacked, count, sums + row, half);
-        }
+    int row = 0;
+    for (; row + TILE_ROWS <= num_rows; row += TILE_ROWS)
+      for (int half = 0; half < OUTS; half += TILE_OUTS) {
+        tile(x + row * stride, stride, unpacked, count, sums + row, half, ahead);
+        advance(&ahead, count);
       }
-      row += taken;
-      ask(&ahead, ahead.num_lines * row / num_rows);
+    for (; row < num_rows; row++) {
+      row_tile(x + row * stride, unpacked, count, sums[row], ahead);
+      advance(&ahead, count);
     }
   }
 }
@@ -365,9 +384,14 @@ FAST static void finish(const Product *product, int64_t out, int64_t first_row, 
   }
 }
 
+/* Up to so many rows, weights stay in registers. */
+INLINE int64_t few_rows_of(int64_t format) {
+  return format == FORMAT_FOUR_BIT ? FEW_ROWS : format == FORMAT_BFLOAT16 ? FEW_ROWS_OF_HALVES : 0;
+}
+
 FAST static void unit(const Product *product, int64_t out) {
   __m256 sums[PANEL_ROWS][OUTS];
-  if (product->num_rows <= FEW_ROWS && product->of->format != FORMAT_FOUR_BIT_WIDE) {
+  if (product->num_rows <= few_rows_of(product->of->format)) {
     few_rows(product, out, sums);
     finish(product, out, 0, (int)product->num_rows, sums);
     return;
@@ -392,6 +416,8 @@ int lorikeet_linear(const Linear *of, const char *x, int64_t x_stride, int64_t x
   const Product product = {of, is_wide ? (const float *)x : wide, is_wide ? x_stride : num_in, num_rows,
                            y,  y_stride, y_type};
   const int threads = threads_for(num_rows * num_in * of->num_out, num_threads);
+  const int64_t num_groups = of->num_out / OUTS, share = num_groups / SHARES;
+  const int64_t taken = share > FEWEST_GROUPS ? share : FEWEST_GROUPS;
 #pragma omp parallel num_threads(threads)
   {
     if (!is_wide) {
@@ -399,8 +425,8 @@ int lorikeet_linear(const Linear *of, const char *x, int64_t x_stride, int64_t x
       for (int64_t row = 0; row < num_rows; row++)
         widen_row((const uint16_t *)x + row * x_stride, wide + row * num_in, num_in);
     }
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t group = 0; group < of->num_out / OUTS; group++) unit(&product, group * OUTS);
+#pragma omp for schedule(dynamic, taken)
+    for (int64_t group = 0; group < num_groups; group++) unit(&product, group * OUTS);
   }
   return 0;
 }
