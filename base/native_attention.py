@@ -112,7 +112,7 @@ class NativeStep:
         self._check(query, key, value)
         query, key, value = (_with_heads_together(heads) for heads in (query, key, value))
         keys, values = self._plan.key_cache[layer], self._plan.value_cache[layer]
-        heads = torch.empty(query.shape, dtype=query.dtype)
+        heads = query.new_empty(query.shape)
         failed = self._call(
             self._step_of(rotary), query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0),
             value.data_ptr(), value.stride(0), keys.data_ptr(), values.data_ptr(), heads.data_ptr(),

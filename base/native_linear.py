@@ -157,21 +157,25 @@ class NativeLinear(nn.Module):
         return dense[start:stop].to(torch.float32, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises TypeError for other dtypes, MemoryError where a widened copy of x finds no room."""
-        rows = x.reshape(-1, self.in_features)
+        """Raises ValueError for rows of another width, TypeError for other dtypes, MemoryError where a widened copy of
+        x finds no room."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"rows of {x.shape[-1]} do not suit a linear of {self.in_features} inputs")
+        is_flat = x.dim() == 2  # a step's rows: what each view costs is paid a hundred times a step
+        rows = x if is_flat else x.reshape(-1, self.in_features)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         kind = TYPES.get(x.dtype)
         if kind is None:
             raise TypeError(f"the compiled linear takes float32 and bfloat16, not {x.dtype}")
-        y = torch.empty((rows.shape[0], self.out_features), dtype=x.dtype)
+        y = rows.new_empty((rows.shape[0], self.out_features))
         failed = self._call(
             self._address, rows.data_ptr(), rows.stride(0), kind, y.data_ptr(), self.out_features, kind,
             rows.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for {rows.shape[0]} rows of {self.in_features} inputs")
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if is_flat else y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         kind = "4 bits" if self.is_quantised else "bfloat16"

@@ -87,7 +87,7 @@ class NativeGate(Gate):
             raise ValueError(f"the compiled gate takes no {tuple(gate.shape)} {gate.dtype} with {up.dtype}")
         if gate.stride(1) != 1 or up.stride(1) != 1:
             gate, up = gate.contiguous(), up.contiguous()
-        opened = torch.empty((num_rows, width), dtype=gate.dtype)
+        opened = gate.new_empty((num_rows, width))
         self._call(
             gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), opened.data_ptr(),
             num_rows, width, kind, torch.get_num_threads(),

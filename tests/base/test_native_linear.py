@@ -86,6 +86,8 @@ def test_inputs_may_lie_apart_have_more_dimensions_or_be_none() -> None:
     assert linear(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
     with pytest.raises(TypeError, match="float16"):
         linear(torch.randn(1, 128, dtype=torch.float16))
+    with pytest.raises(ValueError, match="rows of 64 do not suit a linear of 128 inputs"):
+        linear(torch.zeros(2, 64))
 
 
 @needs_kernels
