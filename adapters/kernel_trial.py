@@ -39,16 +39,19 @@ def try_lora(
     dtype: torch.dtype,
     device: torch.device,
     kernel: Callable[[SiteTable, SlotBank], AdderOwner],
+    *,
+    keeps_halves: bool = False,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What was computed, by the kernel, and by batched products: [T, out] in ``dtype``, one linear of each kind, each
     step.
 
-    ``module`` has no adapters attached; kernel is asked once, for a bank of the trial's own. Raises what it raises.
+    ``module`` has no adapters attached; kernel is asked once, for a bank of the trial's own, which keeps halves where
+    the serving one will. Raises what it raises.
     """
     linears = reversed(_linears(module, sites))
     kinds = {_kind(module.get_submodule(name), members): (name, members) for name, members in linears}
     chosen = {site.name: site for _, members in kinds.values() for site in members}
-    bank = _bank(chosen, max_rank, bank_dtype, device)
+    bank = _bank(chosen, max_rank, bank_dtype, device, keeps_halves)
     adders, routing = kernel(chosen, bank), Routing(device)
     tried = {}
     for (_, widths, rounding, is_biased), (name, members) in kinds.items():
@@ -81,23 +84,30 @@ def _kind(linear: nn.Module, members: Sequence[Site]) -> tuple[int, tuple[int, .
     return members[0].in_features, widths, rounding_of(linear), getattr(linear, "bias", None) is not None
 
 
-def _bank(sites: Mapping[str, Site], max_rank: int, dtype: torch.dtype, device: torch.device) -> SlotBank:
-    """Slot 0 with half the largest rank, 1 with a small one, 2 with the largest and DoRA."""
-    bank = SlotBank(sites, 3, max_rank, dtype, device)
+def _bank(
+    sites: Mapping[str, Site], max_rank: int, dtype: torch.dtype, device: torch.device, keeps_halves: bool
+) -> SlotBank:
+    """Slot 0 with half the largest rank, 1 with a small one, of numbers that bfloat16 holds, 2 with the largest and
+    DoRA."""
+    bank = SlotBank(sites, 3, max_rank, dtype, device, keeps_halves=keeps_halves)
     bank.connect(lambda name: _numbers(4, sites[name].out_features, sites[name].in_features).to(device))
     ranks = (max(1, max_rank // 2), min(SMALL_RANK, max_rank), max_rank)
     for slot, rank in enumerate(ranks):
-        bank.write(slot, _adapter(sites, rank, slot, is_dora=slot == 2))
+        bank.write(slot, _adapter(sites, rank, slot, is_half=slot == 1, is_dora=slot == 2))
     return bank
 
 
-def _adapter(sites: Mapping[str, Site], rank: int, seed: int, *, is_dora: bool) -> AdapterWeights:
+def _adapter(
+    sites: Mapping[str, Site], rank: int, seed: int, *, is_half: bool, is_dora: bool
+) -> AdapterWeights:
     """What it adds is about as large as the base's output."""
     made = {}
     for name, site in sites.items():
         a = _numbers(10 + seed, rank, site.in_features) / site.in_features**0.5
         b = _numbers(20 + seed, site.out_features, rank) / rank**0.5
         magnitude = _numbers(30 + seed, site.out_features).abs() * site.in_features**0.5 if is_dora else None
+        if is_half:
+            a, b = (each.bfloat16().float() for each in (a, b))
         made[name] = SiteWeights(a, b, magnitude)
     return AdapterWeights(made, sum(one.num_bytes for one in made.values()), rank, f"trial-{seed}")
 

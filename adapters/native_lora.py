@@ -35,7 +35,10 @@ class NativeLora:
     """The engine's thread only."""
 
     def __init__(self, sites: SiteTable, bank: SlotBank, library: ctypes.CDLL) -> None:
-        """library: base.ops.native_library's. Raises ValueError for a bank that is not float32 on the CPU."""
+        """bank: may keep halves. library: base.ops.native_library's.
+
+        Raises ValueError for a bank that is not float32 on the CPU.
+        """
         if bank.device.type != "cpu" or bank.dtype != torch.float32:
             raise ValueError(f"the compiled adapters are float32 on a CPU, not {bank.dtype} on {bank.device}")
         self._library = library

@@ -9,6 +9,10 @@ without any copy. Pages are allocated when the first slot needs that rank at tha
 leaves, so sites that nobody touches cost nothing and ranks mix without padding to ``max_rank``. On a CPU the operating
 system gives memory to written slots only; on CUDA the few sizes are what its caching allocator reuses best.
 
+Pages are in the bank's dtype. A float32 bank that ``keeps_halves`` has others beside them in bfloat16, for slots whose
+A and B at the site lose nothing by it (what was trained or saved in bfloat16, with a scale that is a power of two): a
+kernel that widens on the way reads half the bytes and computes the same.
+
 A slot's numbers depend on its adapter alone: not on its index, its neighbours, nor ``max_rank``.
 
 Place in a request's way: step 8, under every linear.
@@ -44,14 +48,30 @@ def _padded_out(site: Site) -> int:
     return -(-site.out_features // OUT_TILE) * OUT_TILE
 
 
+class PageKey(NamedTuple):
+    """What slots that share pages agree in."""
+
+    rank: int  # padded
+    dtype: torch.dtype
+
+
 class Form(NamedTuple):
     """What a loaded slot holds at one site."""
 
     rank: int  # padded; 0 where its adapter leaves the site alone
     is_dora: bool
+    dtype: torch.dtype = torch.float32  # of A and B
+
+    @property
+    def key(self) -> PageKey:
+        return PageKey(self.rank, self.dtype)
 
 
 UNTOUCHED = Form(0, False)
+
+
+def _key_of(staged: StagedSite) -> PageKey:
+    return PageKey(page_rank(staged.a.shape[0]), staged.a.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,10 +83,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """All slots' weights of one padded rank R at one site; only written slots hold numbers."""
+    """All slots' weights of one key, of padded rank R, at one site; only written slots hold numbers."""
 
-    a: Tensor  # [num_slots, R, in] the bank's dtype
-    b: Tensor  # [num_slots, out_padded, R] the bank's dtype
+    a: Tensor  # [num_slots, R, in]
+    b: Tensor  # [num_slots, out_padded, R], a's dtype
 
     def write(self, slot: int, a: Tensor, b: Tensor) -> None:
         rank, out = a.shape[0], b.shape[0]
@@ -84,9 +104,10 @@ class Pages:
 class Shelf:
     """One site's part of the bank. Layers keep it for life; only the bank changes it."""
 
-    def __init__(self, site: Site, num_slots: int) -> None:
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype) -> None:
         self.site = site
-        self.pages: dict[int, Pages] = {}
+        self.dtype = dtype  # the bank's: what its products are computed in
+        self.pages: dict[PageKey, Pages] = {}
         self.scale: Tensor | None = None  # [num_slots, out] float32, DoRA's; None while nobody has one
         self.forms: list[Form] = [UNTOUCHED] * num_slots
         self.layout = Layout((None,) * num_slots)
@@ -101,13 +122,13 @@ class Shelf:
         form = self.forms[slot]
         if form == UNTOUCHED:
             return 0
-        share = self.pages[form.rank].num_bytes // len(self.forms)
+        share = self.pages[form.key].num_bytes // len(self.forms)
         return share + (self.site.out_features * 4 if form.is_dora else 0)
 
 
 def bank_bytes(sites: SiteTable, num_slots: int, max_rank: int, itemsize: int) -> int:
-    """What a bank takes once each slot holds ``max_rank`` everywhere. Slots of several ranks at a site take more, and
-    where that does not fit the load fails, not the step."""
+    """What a bank takes once each slot holds ``max_rank`` everywhere in its own dtype. Slots of several ranks or
+    dtypes at a site may take more, and where that does not fit the load fails, not the step."""
     rank = page_rank(max_rank)
     return sum(
         num_slots * rank * (site.in_features + _padded_out(site)) * itemsize for site in sites.values()
@@ -118,20 +139,32 @@ class SlotBank:
     """``stage`` may be called from any thread, the rest from the engine's only."""
 
     def __init__(
-        self, sites: SiteTable, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        sites: SiteTable,
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        keeps_halves: bool = False,
     ) -> None:
+        """keeps_halves: in bfloat16 what loses nothing by it; for a float32 bank whose kernel reads both."""
         if num_slots < 1 or max_rank < 1:
             raise ValueError(f"num_slots and max_rank must be at least 1, not {num_slots} and {max_rank}")
+        if keeps_halves and dtype != torch.float32:
+            raise ValueError(f"a bank of {dtype} has no halves to keep")
         self.num_slots = num_slots
         self.max_rank = max_rank
         self.dtype = dtype
         self.device = device
-        self._shelves = {name: Shelf(site, num_slots) for name, site in sites.items()}
+        self.keeps_halves = keeps_halves
+        self._shelves = {name: Shelf(site, num_slots, dtype) for name, site in sites.items()}
         self._loaded = [False] * num_slots
         self._footprints: dict[
             Footprint, Footprint
         ] = {}  # like ones are one object: a thousand adapters have a few
-        self._stager = Stager(sites, max_rank, dtype, is_pinned=device.type == "cuda")
+        is_pinned = device.type == "cuda"
+        self._stager = Stager(sites, max_rank, dtype, is_pinned=is_pinned, keeps_halves=keeps_halves)
 
     def connect(self, base_weight: Callable[[str], Tensor]) -> None:
         """Give access to the base's weights, site name -> [out, in] float32: what DoRA's norms are taken of."""
@@ -151,8 +184,8 @@ class SlotBank:
     def _footprint(self, staged: StagedAdapter) -> Footprint:
         pages = set()
         for name, part in staged.sites.items():
-            site, rank = self._shelves[name].site, page_rank(part.a.shape[0])
-            pages.add(Page(name, rank, self._page_bytes(site, rank)))
+            site, key = self._shelves[name].site, _key_of(part)
+            pages.add(Page(name, key.rank, self._page_bytes(site, key)))
             if part.scale is not None:
                 pages.add(Page(name, 0, self.num_slots * site.out_features * 4))
         if len(self._footprints) >= MAX_FOOTPRINTS:
@@ -160,9 +193,9 @@ class SlotBank:
         footprint = frozenset(pages)
         return self._footprints.setdefault(footprint, footprint)
 
-    def _page_bytes(self, site: Site, rank: int) -> int:
+    def _page_bytes(self, site: Site, key: PageKey) -> int:
         """As ``_new_pages`` allocates; the room counts by it, and a test compares."""
-        return self.num_slots * rank * (site.in_features + _padded_out(site)) * self.dtype.itemsize
+        return self.num_slots * key.rank * (site.in_features + _padded_out(site)) * key.dtype.itemsize
 
     def write(self, slot: int, weights: AdapterWeights | StagedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there. If it raises, the slot is empty."""
@@ -185,10 +218,10 @@ class SlotBank:
         self._refresh_layouts()
 
     def _write_site(self, shelf: Shelf, slot: int, staged: StagedSite) -> None:
-        rank = page_rank(staged.a.shape[0])
-        pages = shelf.pages.get(rank) or self._new_pages(shelf.site, rank)
-        shelf.pages[rank] = pages
-        shelf.forms[slot] = Form(rank, staged.scale is not None)
+        key = _key_of(staged)
+        pages = shelf.pages.get(key) or self._new_pages(shelf.site, key)
+        shelf.pages[key] = pages
+        shelf.forms[slot] = Form(key.rank, staged.scale is not None, key.dtype)
         pages.write(slot, staged.a, staged.b)
         if staged.scale is not None:
             if shelf.scale is None:
@@ -196,9 +229,9 @@ class SlotBank:
                 shelf.scale = torch.empty(shape, dtype=torch.float32, device=self.device)
             shelf.scale[slot].copy_(staged.scale, non_blocking=True)
 
-    def _new_pages(self, site: Site, rank: int) -> Pages:
-        a = torch.empty((self.num_slots, rank, site.in_features), dtype=self.dtype, device=self.device)
-        b = torch.empty((self.num_slots, _padded_out(site), rank), dtype=self.dtype, device=self.device)
+    def _new_pages(self, site: Site, key: PageKey) -> Pages:
+        a = torch.empty((self.num_slots, key.rank, site.in_features), dtype=key.dtype, device=self.device)
+        b = torch.empty((self.num_slots, _padded_out(site), key.rank), dtype=key.dtype, device=self.device)
         return Pages(a, b)
 
     def clear(self, slot: int) -> None:
@@ -209,8 +242,8 @@ class SlotBank:
     def _empty(self, slot: int) -> None:
         for shelf in self._shelves.values():
             shelf.forms[slot] = UNTOUCHED
-            for rank in set(shelf.pages) - {form.rank for form in shelf.forms}:
-                del shelf.pages[rank]
+            for key in set(shelf.pages) - {form.key for form in shelf.forms}:
+                del shelf.pages[key]
             if not any(form.is_dora for form in shelf.forms):
                 shelf.scale = None
         self._loaded[slot] = False

@@ -1,8 +1,8 @@
 """Staging: one adapter made ready for any slot of a bank, on any thread; what is left to do is to copy it.
 
-Owns the checks of last resort (does it fit this base and ``max_rank``), the bank's dtype, and DoRA's norms, which need
-the base's weights. Knows no slot. The registry has validated the package long before; what it promised is checked again
-here because a wrong shape would end in another request's numbers.
+Owns the checks of last resort (does it fit this base and ``max_rank``), the bank's dtype, what loses nothing in half of
+it, and DoRA's norms, which need the base's weights. Knows no slot. The registry has validated the package long before;
+what it promised is checked again here because a wrong shape would end in another request's numbers.
 
 Place in a request's way: step 5, between the mover's read and its copy.
 """
@@ -28,8 +28,8 @@ NORM_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class StagedSite:
-    a: Tensor  # [R, in] the bank's dtype, on the host
-    b: Tensor  # [out, R] the bank's dtype, on the host
+    a: Tensor  # [R, in] the bank's dtype, on the host; or bfloat16 in a bank that keeps halves
+    b: Tensor  # [out, R] a's dtype, on the host
     scale: Tensor | None  # [out] float32, DoRA's magnitude over the norms; None for plain LoRA
 
     @property
@@ -51,11 +51,14 @@ class StagedAdapter:
 
 
 class Stager:
-    def __init__(self, sites: SiteTable, max_rank: int, dtype: torch.dtype, *, is_pinned: bool) -> None:
+    def __init__(
+        self, sites: SiteTable, max_rank: int, dtype: torch.dtype, *, is_pinned: bool, keeps_halves: bool
+    ) -> None:
         self._sites = sites
         self._max_rank = max_rank
         self._dtype = dtype
         self._is_pinned = is_pinned
+        self._keeps_halves = keeps_halves
         self.base_weight: Callable[[str], Tensor] | None = None
 
     def stage(self, weights: AdapterWeights) -> StagedAdapter:
@@ -69,7 +72,8 @@ class Stager:
         scale = None
         if weights.magnitude is not None:
             scale = self._pinned(self._dora_scale(name, weights, weights.magnitude))
-        return StagedSite(self._ready(weights.a), self._ready(weights.b), scale)
+        dtype = self._kept_dtype(weights)
+        return StagedSite(self._ready(weights.a, dtype), self._ready(weights.b, dtype), scale)
 
     def _check(self, name: str, weights: SiteWeights, max_rank: int) -> None:
         site = self._sites.get(name)
@@ -89,8 +93,12 @@ class Stager:
             )
             raise AdapterRejected(RejectReason.BAD_SHAPE, reason, (name,))
 
-    def _ready(self, tensor: Tensor) -> Tensor:
-        return self._pinned(tensor.to(self._dtype).contiguous())
+    def _kept_dtype(self, weights: SiteWeights) -> torch.dtype:
+        is_half = self._keeps_halves and is_bfloat16(weights.a) and is_bfloat16(weights.b)
+        return torch.bfloat16 if is_half else self._dtype
+
+    def _ready(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._pinned(tensor.to(dtype).contiguous())
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         """Beside CUDA: a copy of pageable memory would have the host wait for all that its stream waits for."""
@@ -107,3 +115,12 @@ class Stager:
             for i in range(0, base.shape[0], NORM_ROWS)
         ]
         return magnitude.float() / torch.cat(norms).to(magnitude.device)
+
+
+def is_bfloat16(numbers: Tensor) -> bool:
+    """Whether bfloat16 holds [rows, columns] float32 to the bit; where not, the first row nearly always settles it."""
+    return _are_low_bits_zero(numbers[:1]) and _are_low_bits_zero(numbers)
+
+
+def _are_low_bits_zero(numbers: Tensor) -> bool:
+    return int((numbers.view(torch.int32) & 0xFFFF).amax()) == 0

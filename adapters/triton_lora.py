@@ -34,6 +34,9 @@ class TritonLora:
     """The engine's thread only."""
 
     def __init__(self, sites: SiteTable, bank: SlotBank) -> None:
+        """Raises ValueError for a bank that keeps halves: these programs read one dtype."""
+        if bank.keeps_halves:
+            raise ValueError("Triton's programs read pages of the bank's dtype, and this bank keeps halves")
         self._bank = bank
         self._sites = sites
         self._max_rank = page_rank(bank.max_rank * RANK_FACTOR)

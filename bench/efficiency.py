@@ -9,7 +9,6 @@ from pathlib import Path
 
 from bench.floors import (
     BF16_BYTES,
-    FP32_BYTES,
     NF4_BYTES,
     LanguageShape,
     Machine,
@@ -44,7 +43,6 @@ class Ground:
             rank=self.rank,
             context=round((median["prompt_tokens"] + median["output_tokens"] / 2) / median["num_calls"]),
             base_weight_bytes=BF16_BYTES if self.is_cpu else NF4_BYTES,
-            lora_weight_bytes=FP32_BYTES if self.is_cpu else BF16_BYTES,
             targets=self.targets,
         )
         return Work(median["prompt_tokens"], median["output_tokens"], step)

@@ -104,8 +104,6 @@ class Step:
     context: int = 512
     base_weight_bytes: float = NF4_BYTES
     """Of a linear's weight as it is read: NF4, or 2 where a CPU keeps a 16-bit copy."""
-    lora_weight_bytes: float = BF16_BYTES
-    """4 on a CPU, where adapters are kept in fp32."""
     targets: tuple[str, ...] | None = None
 
 
@@ -127,11 +125,11 @@ def base_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
 
 
 def lora_seconds(shape: LanguageShape, step: Step, machine: Machine) -> float:
-    """What the adapters add at least: each distinct one's weights once, and every row's products."""
+    """What the adapters add at least: each distinct one's weights once, in 16 bits, and every row's products."""
     if not step.num_adapters:
         return 0.0
     weights = shape.num_lora_weights(step.rank, step.targets)
-    num_bytes = min(step.num_adapters, step.rows) * weights * step.lora_weight_bytes
+    num_bytes = min(step.num_adapters, step.rows) * weights * BF16_BYTES
     return max(num_bytes / machine.bytes_per_s, 2.0 * step.rows * weights / machine.lora_flops_per_s)
 
 

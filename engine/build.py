@@ -167,7 +167,9 @@ def _kernels(base: BaseModel, sites: SiteTable, config: EngineConfig) -> dict[st
     dtypes = (_slot_dtype(base), base.dtype)
     is_served = may_serve(
         "adapters",
-        lambda: try_lora(base.module, sites, config.max_rank, *dtypes, base.device, _LORA[kind]),
+        lambda: try_lora(
+            base.module, sites, config.max_rank, *dtypes, base.device, _LORA[kind], keeps_halves=is_cpu
+        ),
         choice,
         base.device,
     )
@@ -221,7 +223,8 @@ def _attach_adapters(
     base: BaseModel, sites: SiteTable, config: EngineConfig, kernel: str
 ) -> tuple[SlotBank, RoutingSet, TritonLora | None]:
     """kernel: a key of ``_LORA``, or torch. The last returned is what recorded steps must prepare; None without."""
-    bank = SlotBank(sites, config.num_slots, config.max_rank, _slot_dtype(base), base.device)
+    sizes = (config.num_slots, config.max_rank)
+    bank = SlotBank(sites, *sizes, _slot_dtype(base), base.device, keeps_halves=kernel == "native")
     routing = RoutingSet.on(base.device)
     lora = _LORA[kernel](sites, bank) if kernel in _LORA else None
     attach(base.module, sites, bank, routing, dequantised_weight, torch_adder if lora is None else lora.adder)

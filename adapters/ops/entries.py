@@ -1,7 +1,7 @@
-"""DeviceTable: where each slot's weights of each site are, as Triton's programs read it.
+"""DeviceTable: where each slot's weights of each site are, as the kernels read it.
 
-Owns one tensor on the device [sites, slots, 4] int64 of addresses and padded ranks, refreshed in place at a step
-boundary after slots were written: a graph captured with one adapter then runs with any. Reads the bank's shelves and
+Owns one tensor on the device [sites, slots, 4] int64 of addresses and forms, refreshed in place at a step boundary
+after slots were written: a graph captured with one adapter then runs with any. Reads the bank's shelves and
 changes nothing there.
 """
 
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.ops.native_ops import TYPES
 from adapters.ops.upload import Upload
-from adapters.slots import Form, Layout, Shelf
+from adapters.slots import Form, Layout, PageKey, Shelf
 
 ENTRY_FIELDS: Final = 4
-_Stamp: TypeAlias = tuple[tuple[Form, ...], tuple[tuple[int, int, int], ...], int]
+_UNNAMED: Final = -1
+"""A type for which there is no code: Triton's programs are compiled for the bank's."""
+_Stamp: TypeAlias = tuple[tuple[Form, ...], frozenset[tuple[PageKey, int, int]], int]
 _Rows: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
@@ -58,7 +61,8 @@ class DeviceTable:
 
     def entries(self, names: Sequence[str]) -> Tensor:
         """[names, slots, 4] int64, a view valid for the table's life: the address of A [R, in], of B [out, R], of the
-        scale [out] float32 (0 without), and R (0 where the slot leaves the site alone). Names must be neighbours.
+        scale [out] float32 (0 without), and two int32: R (0 where the slot leaves the site alone) in the lower half,
+        A's and B's type (as in ``TYPES``) in the upper one. Names must be neighbours.
         """
         first = self._places[names[0]]
         if [self._places[name] for name in names] != list(range(first, first + len(names))):
@@ -68,18 +72,17 @@ class DeviceTable:
 
 def _stamp(shelf: Shelf) -> _Stamp:
     """Equal as long as nothing that the table says of the shelf has changed."""
-    pages = ((rank, each.a.data_ptr(), each.b.data_ptr()) for rank, each in sorted(shelf.pages.items()))
-    return tuple(shelf.forms), tuple(pages), 0 if shelf.scale is None else shelf.scale.data_ptr()
+    pages = ((key, each.a.data_ptr(), each.b.data_ptr()) for key, each in shelf.pages.items())
+    return tuple(shelf.forms), frozenset(pages), 0 if shelf.scale is None else shelf.scale.data_ptr()
 
 
 def _rows(shelf: Shelf) -> _Rows:
     """One site's part of the table."""
     slots = np.arange(len(shelf.forms))
-    ranks = np.array([form.rank for form in shelf.forms], dtype=np.int64)
     made = np.zeros((slots.size, ENTRY_FIELDS), dtype=np.int64)
-    made[:, 3] = ranks
-    for rank, pages in shelf.pages.items():
-        mine = ranks == rank
+    for key, pages in shelf.pages.items():
+        mine = np.array([form.key == key for form in shelf.forms])
+        made[mine, 3] = key.rank + (TYPES.get(key.dtype, _UNNAMED) << 32)
         for field, weights in ((0, pages.a), (1, pages.b)):
             if weights.stride(2) != 1 or weights.stride(1) != weights.shape[2]:
                 raise ValueError(f"pages of {shelf.site.name} must hold each slot's rows side by side")

@@ -84,7 +84,7 @@ class NativeSites:
         """
         self.num_in = num_in
         self.num_out = sum(widths)
-        self._call = library.lorikeet_add_lora
+        self._call = library.lorikeet_add_adapters
         self._call.argtypes = _ARGUMENTS
         self._hidden_stride = len(widths) * max_rank
         self._kept = (entries, bias)

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from adapters.ops.torch_ops import Rounding, add_lora, pad_rows
-from adapters.routing import RoutePlan, Routing
+from adapters.routing import Routing
 from adapters.slots import Shelf
 
 
@@ -72,12 +71,8 @@ def torch_adder(group: SiteGroup) -> Add:
             plan = routing.plan(shelf.layout)
             if plan is not None:
                 if id(plan) not in padded:
-                    padded[id(plan)] = pad_rows(x, plan, _dtype(shelf, plan))
+                    padded[id(plan)] = pad_rows(x, plan, shelf.dtype)
                 columns, rows = y[:, start:stop], padded[id(plan)]
                 add_lora(columns, rows, plan, shelf.pages, shelf.scale, bias, group.rounding)
 
     return add
-
-
-def _dtype(shelf: Shelf, plan: RoutePlan) -> torch.dtype:
-    return shelf.pages[plan.groups[0].form.rank].a.dtype

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from adapters.routing import Group, RoutePlan
-from adapters.slots import Pages
+from adapters.slots import PageKey, Pages
 
 
 class Rounding(StrEnum):
@@ -42,7 +42,7 @@ def add_lora(
     y: Tensor,
     padded: Tensor,
     plan: RoutePlan,
-    pages: Mapping[int, Pages],
+    pages: Mapping[PageKey, Pages],
     scale: Tensor | None,
     bias: Tensor | None,
     rounding: Rounding,
@@ -63,9 +63,9 @@ def add_lora(
     return y if plan.rows is None else y.index_copy_(0, plan.rows, touched)
 
 
-def _delta(padded: Tensor, plan: RoutePlan, pages: Mapping[int, Pages], num_out: int) -> Tensor:
+def _delta(padded: Tensor, plan: RoutePlan, pages: Mapping[PageKey, Pages], num_out: int) -> Tensor:
     """[N, out] in the bank's dtype: what each touched row's adapter adds."""
-    parts = [_product(padded, group, pages[group.form.rank]) for group in plan.groups]
+    parts = [_product(padded, group, pages[group.form.key]) for group in plan.groups]
     delta = parts[0] if len(parts) == 1 else torch.cat(parts)
     if plan.valid is not None:
         delta = delta.index_select(0, plan.valid)
@@ -73,11 +73,11 @@ def _delta(padded: Tensor, plan: RoutePlan, pages: Mapping[int, Pages], num_out:
 
 
 def _product(padded: Tensor, group: Group, pages: Pages) -> Tensor:
-    """[group's rows, out_padded]: shrink by A, expand by B."""
+    """[group's rows, out_padded]: shrink by A, expand by B, both widened here where they are kept in less."""
     first, num_slots = group.first_slot, group.num_slots
     rows = padded[group.start : group.stop].view(num_slots, group.rows_per_slot, -1)
-    shrunk = torch.bmm(rows, pages.a.narrow(0, first, num_slots).mT)
-    return torch.bmm(shrunk, pages.b.narrow(0, first, num_slots).mT).flatten(0, 1)
+    a, b = (each.narrow(0, first, num_slots).to(rows.dtype) for each in (pages.a, pages.b))
+    return torch.bmm(torch.bmm(rows, a.mT), b.mT).flatten(0, 1)
 
 
 def _add_plain(base: Tensor, delta: Tensor, rounding: Rounding) -> None:

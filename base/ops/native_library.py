@@ -18,7 +18,7 @@ import torch
 
 MODULE: Final = "base.ops._native"
 KERNELS: Final = tuple(
-    f"lorikeet_{name}" for name in ("linear", "norm", "gate", "attend", "add_lora", "choose")
+    f"lorikeet_{name}" for name in ("linear", "norm", "gate", "attend", "add_adapters", "choose")
 )
 
 

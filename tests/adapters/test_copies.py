@@ -10,7 +10,7 @@ from adapters.errors import AdapterError, InsufficientMemory
 from adapters.lane import InPlace
 from adapters.moves import Load, Moved, MoveFailed, Tier
 from adapters.sites import Site
-from adapters.slots import SlotBank
+from adapters.slots import PageKey, SlotBank
 from adapters.staging import StagedAdapter, StagedSite
 from tests.support.lora import CPU, make_ref, make_weights
 
@@ -34,7 +34,10 @@ def ready(slot: int, outcome: StagedAdapter | AdapterError) -> Ready:
 
 def numbers(bank: SlotBank, slot: int) -> list[torch.Tensor]:
     return [
-        part[slot] for name in SITES for pages in [bank.shelf(name).pages[8]] for part in (pages.a, pages.b)
+        part[slot]
+        for name in SITES
+        for pages in [bank.shelf(name).pages[PageKey(8, torch.float32)]]
+        for part in (pages.a, pages.b)
     ]
 
 

@@ -77,13 +77,20 @@ def merged_model() -> nn.Module:
 
 @pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_compiled_kernel_agrees_at_every_step(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keeps_halves", [False, True])
+def test_the_compiled_kernel_agrees_at_every_step(dtype: torch.dtype, keeps_halves: bool) -> None:
     def native(sites: SiteTable, bank: SlotBank) -> NativeLora:
+        banks.append(bank)
         return NativeLora(sites, bank, native_library())
 
-    cases = list(try_lora(merged_model(), SITES, 16, torch.float32, dtype, CPU, native))
+    banks: list[SlotBank] = []
+    cases = list(
+        try_lora(merged_model(), SITES, 16, torch.float32, dtype, CPU, native, keeps_halves=keeps_halves)
+    )
     assert {what.split()[0] for what, _, _ in cases} == {"both", "b", "four"}
     assert max(error_of(found, expected) for _, found, expected in cases) < 1
+    halves = [form.dtype == torch.bfloat16 for form in banks[0].shelf("a").forms]
+    assert halves == [False, keeps_halves, False]
 
 
 def test_a_merged_linear_is_tried_whole_and_its_parts_are_not() -> None:

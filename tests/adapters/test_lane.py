@@ -16,7 +16,7 @@ from adapters.lane import InPlace, Lane, SideLane, lane_of
 from adapters.mover import Mover
 from adapters.moves import Load, Moved, MoveFailed, Tier
 from adapters.sites import Site
-from adapters.slots import SlotBank
+from adapters.slots import PageKey, SlotBank
 from adapters.staging import StagedSite
 from tests.support.fake_streams import FakeEvent, FakeStreams
 from tests.support.lora import CPU, make_ref, make_weights
@@ -44,7 +44,7 @@ class Stand:
         """Launch one: what it reads of the slot, once it has run."""
         seen: list[Tensor] = []
         shelf = self.bank.shelf("r")  # written last
-        pages = shelf.pages[shelf.forms[slot].rank]
+        pages = shelf.pages[shelf.forms[slot].key]
         parts = [pages.a[slot], pages.b[slot]]
         self.streams.steps.launch(lambda: seen.extend(part.clone() for part in parts))
         return seen
@@ -54,7 +54,7 @@ def numbers(seed: int) -> list[Tensor]:
     """What a step reads of an adapter that is wholly there."""
     alone = SlotBank(SITES, 3, 64, torch.float32, CPU)
     alone.write(1, make_weights(seed, dict.fromkeys("pqr", 8), SITES))
-    pages = alone.shelf("r").pages[8]
+    pages = alone.shelf("r").pages[PageKey(8, torch.float32)]
     return [pages.a[1].clone(), pages.b[1].clone()]
 
 
@@ -86,7 +86,7 @@ def test_a_slot_is_seen_at_the_boundary_that_finds_its_last_slice_over(rank: int
     whole.write(1, make_weights(7, dict.fromkeys("pqr", rank), SITES, is_dora=is_dora))
     for name in SITES:
         ours, theirs = stand.bank.shelf(name), whole.shelf(name)
-        kept = max(rank, 8)
+        kept = PageKey(max(rank, 8), torch.float32)
         assert torch.equal(ours.pages[kept].a[1], theirs.pages[kept].a[1])
         assert torch.equal(ours.pages[kept].b[1], theirs.pages[kept].b[1])
         if ours.scale is not None and theirs.scale is not None:

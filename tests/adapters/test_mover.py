@@ -15,7 +15,7 @@ from adapters.moves import Evict, Load, Moved, MoveFailed, Tier
 from adapters.ref import AdapterRef
 from adapters.residency import Residency
 from adapters.sites import Site
-from adapters.slots import SlotBank
+from adapters.slots import PageKey, SlotBank
 from adapters.weights import AdapterWeights
 from tests.support.lora import CPU, make_ref, make_weights
 
@@ -103,7 +103,10 @@ def test_the_second_load_comes_from_the_host(make_desk: MakeDesk) -> None:
     result = desk.load(a, 1)
     assert isinstance(result, Moved)
     assert (result.origin, result.seconds["read"], desk.reads) == (Tier.HOST, 0.0, ["a"])
-    assert torch.equal(desk.bank.shelf("p").pages[8].a[0], desk.bank.shelf("p").pages[8].a[1])
+    assert torch.equal(
+        desk.bank.shelf("p").pages[PageKey(8, torch.float32)].a[0],
+        desk.bank.shelf("p").pages[PageKey(8, torch.float32)].a[1],
+    )
 
 
 def test_all_who_want_the_same_content_share_one_read(make_desk: MakeDesk) -> None:

@@ -22,23 +22,24 @@ SITES = {"p": Site("p", 24, 40, "language"), "q": Site("q", 40, 19, "language")}
 ranks = st.fixed_dictionaries(
     {}, optional={"p": st.sampled_from([1, 8, 9, 33]), "q": st.sampled_from([2, 16])}
 )
-steps = st.lists(st.tuples(st.integers(0, NUM_SLOTS - 1), ranks, st.booleans()), max_size=12)
+halves = st.sets(st.sampled_from(list(SITES)))
+steps = st.lists(st.tuples(st.integers(0, NUM_SLOTS - 1), ranks, st.booleans(), halves), max_size=12)
 
 
-@given(steps)
+@given(steps, st.booleans())
 def test_the_room_counts_what_the_bank_allocates_through_every_write_and_clear(
-    steps: list[tuple[int, dict[str, int], bool]],
+    steps: list[tuple[int, dict[str, int], bool, set[str]]], keeps_halves: bool
 ) -> None:
-    bank = SlotBank(SITES, NUM_SLOTS, 64, torch.float32, CPU)
+    bank = SlotBank(SITES, NUM_SLOTS, 64, torch.float32, CPU, keeps_halves=keeps_halves)
     bank.connect(lambda name: torch.ones(SITES[name].out_features, SITES[name].in_features))
     room, taken = Room(), set[int]()
-    for seed, (slot, site_ranks, is_dora) in enumerate(steps):
+    for seed, (slot, site_ranks, is_dora, halves) in enumerate(steps):
         if slot in taken:
             room.leave(slot)
             bank.clear(slot)
             taken.remove(slot)
         if site_ranks:
-            weights = make_weights(seed, site_ranks, SITES, is_dora=is_dora)
+            weights = make_weights(seed, site_ranks, SITES, is_dora=is_dora, halves=halves)
             staged = bank.stage(weights)
             before = room.num_bytes
             room.enter(slot, staged.footprint)

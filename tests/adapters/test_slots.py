@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.errors import AdapterRejected, RejectReason
 from adapters.sites import Site
-from adapters.slots import UNTOUCHED, Form, Pages, SlotBank, page_rank
+from adapters.slots import UNTOUCHED, Form, PageKey, Pages, SlotBank, page_rank
 from adapters.weights import AdapterWeights, SiteWeights
 from tests.support.lora import CPU, Bench, make_weights
 
@@ -38,13 +38,13 @@ def test_a_slot_holds_what_was_written_and_zeros_beyond() -> None:
     weights = make_weights(1, {"p": 12, "q": 3}, SITES)
     bank.write(0, make_weights(2, {"p": 16}, SITES))
     bank.write(1, weights)
-    pages = bank.shelf("p").pages[16]
+    pages = bank.shelf("p").pages[PageKey(16, torch.float32)]
     assert torch.equal(pages.a[1, :12], weights.sites["p"].a)
     assert torch.equal(pages.b[1, :100, :12], weights.sites["p"].b)
     assert not pages.a[1, 12:].any()
     assert not pages.b[1, :, 12:].any()
     assert not pages.b[1, 100:].any()
-    assert bank.shelf("q").pages.keys() == {8}
+    assert bank.shelf("q").pages.keys() == {PageKey(8, torch.float32)}
     assert bank.shelf("r").pages == {}
 
 
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_slot_empty(monkeypatch: pytest.MonkeyPatch) -
     write = Pages.write
 
     def fail_at_the_third(pages: Pages, slot: int, a: Tensor, b: Tensor) -> None:
-        if pages is bank.shelf("r").pages.get(16):
+        if pages is bank.shelf("r").pages.get(PageKey(16, torch.float32)):
             raise torch.OutOfMemoryError("no")
         write(pages, slot, a, b)
 
@@ -144,7 +144,7 @@ def test_dora_without_access_to_the_base_is_an_error() -> None:
 def test_a_16_bit_bank_stores_16_bits() -> None:
     bank = SlotBank(SITES, 1, 64, torch.bfloat16, CPU)
     bank.write(0, make_weights(0, {"p": 8}, SITES))
-    assert bank.shelf("p").pages[8].a.dtype == torch.bfloat16
+    assert bank.shelf("p").pages[PageKey(8, torch.bfloat16)].a.dtype == torch.bfloat16
 
 
 def test_a_thousand_loads_and_unloads_end_where_they_began() -> None:

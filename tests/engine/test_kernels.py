@@ -10,21 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapters.sites import Site
 from base.config import BaseConfig, CudaKernels
 from base.errors import KernelRefused
 from base.model import BaseModel
-from base.ops.native_library import NativeMissing
+from base.ops.native_library import NativeMissing, has_native_library
 from engine import build
 from engine.config import EngineConfig
 
 Case = tuple[str, Tensor, Tensor]
 
 
-def agreeing(*_: object) -> Iterator[Case]:
+def agreeing(*_: object, **__: object) -> Iterator[Case]:
     yield "a row", torch.ones(1, 8), torch.ones(1, 8)
 
 
-def wrong(*_: object) -> Iterator[Case]:
+def wrong(*_: object, **__: object) -> Iterator[Case]:
     yield "a row", torch.ones(1, 8), torch.zeros(1, 8)
 
 
@@ -68,6 +69,31 @@ def test_on_a_cpu_adapters_are_the_compiled_kernel_s_where_the_trial_agrees(
     monkeypatch.setattr(build, "try_lora", trial)
     assert build._kernels(base_on("cpu", "triton"), {}, EngineConfig()) == {"adapters": by}
     assert build._kernels(base_on("cpu"), {}, EngineConfig(cpu_adapters="torch")) == {"adapters": "torch"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_trial_s_bank_keeps_halves_as_the_serving_one_will(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def noting(*_: object, keeps_halves: bool) -> Iterator[Case]:
+        asked.append(keeps_halves)
+        return agreeing()
+
+    monkeypatch.setattr(build, "try_lora", noting)
+    build._kernels(base_on(device), {}, EngineConfig())
+    assert asked == [device == "cpu"]
+
+
+@pytest.mark.skipif(not has_native_library(), reason="the compiled kernels are not here")
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_only_the_compiled_kernel_s_bank_keeps_halves(kernel: str) -> None:
+    base = base_on("cpu")
+    base.module.add_module("l", nn.Linear(8, 16))
+    sites = {"l": Site("l", 8, 16, "language")}
+    bank, _, _ = build._attach_adapters(base, sites, EngineConfig(), kernel)
+    assert (bank.dtype, bank.keeps_halves) == (torch.float32, kernel == "native")
 
 
 def test_whoever_insists_on_the_compiled_kernel_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from adapters.copies import Copies, Ready
 from adapters.lane import CudaStreams, SideLane
 from adapters.moves import Load, Moved, MoveFailed, Tier
 from adapters.sites import Site
-from adapters.slots import SlotBank
+from adapters.slots import PageKey, SlotBank
 from adapters.weights import AdapterWeights
 from tests.support.lora import make_ref, make_weights
 
@@ -44,13 +44,13 @@ class Stand:
 
     def read(self, slot: int = 1) -> list[Tensor]:
         """What a step launched now sees of a slot."""
-        pages = [self.bank.shelf(name).pages[16] for name in SITES]
+        pages = [self.bank.shelf(name).pages[PageKey(16, torch.bfloat16)] for name in SITES]
         return [part[slot].clone() for each in pages for part in (each.a, each.b)]
 
     def expected(self, seed: int) -> list[Tensor]:
         alone = SlotBank(SITES, 2, 16, torch.bfloat16, self.device)
         alone.write(1, self.weights(seed))
-        pages = [alone.shelf(name).pages[16] for name in SITES]
+        pages = [alone.shelf(name).pages[PageKey(16, torch.bfloat16)] for name in SITES]
         return [part[1].clone() for each in pages for part in (each.a, each.b)]
 
     def finish(self) -> Moved | MoveFailed:
@@ -137,7 +137,7 @@ def test_pages_that_leave_under_a_step_are_not_written_before_it_has_read_them()
             copies.advance(SLICE)
         torch.cuda.synchronize()
         if seed == 1:
-            pages = [bank.shelf(name).pages[16] for name in SITES]
+            pages = [bank.shelf(name).pages[PageKey(16, torch.bfloat16)] for name in SITES]
             expected = [pages_.a[0].clone() for pages_ in pages]
             torch.cuda.synchronize()
             torch.cuda._sleep(LONG)

@@ -74,7 +74,7 @@ class Stand:
             begin = 0
             for name, width in zip(self.names, self.widths, strict=True):
                 shelf = self.bank.shelf(name)
-                pages = shelf.pages[shelf.forms[slot].rank]
+                pages = shelf.pages[shelf.forms[slot].key]
                 delta = x[rows].double() @ pages.a[slot].double().T @ pages.b[slot, :width].double().T
                 result[rows, begin : begin + width] += delta.float()
                 begin += width

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from adapters.mover import Mover
 from adapters.moves import Load, Moved
 from adapters.sites import Site, discover_sites
-from adapters.slots import SlotBank
+from adapters.slots import PageKey, SlotBank
 from adapters.weights import AdapterWeights
 from base.config import BaseConfig
 from base.loader import load_base
@@ -58,7 +58,7 @@ def test_slices_beside_running_kernels_land_whole(is_dora: bool) -> None:
         assert isinstance(moved, Moved)
         staged = bank.stage(weights[version])
         for name, site in staged.sites.items():
-            pages = bank.shelf(name).pages[16]
+            pages = bank.shelf(name).pages[PageKey(16, torch.bfloat16)]
             assert torch.equal(pages.a[0, :12].cpu(), site.a)
             assert torch.equal(pages.b[0, :2050, :12].cpu(), site.b)
             assert not pages.a[0, 12:].any() and not pages.b[0, 2050:].any() and not pages.b[0, :, 12:].any()

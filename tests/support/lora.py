@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -27,11 +28,20 @@ def make_ref(name: str, version: int = 1) -> AdapterRef:
 
 
 def make_weights(
-    seed: int, ranks: Mapping[str, int], sites: Mapping[str, Site], *, is_dora: bool = False
+    seed: int,
+    ranks: Mapping[str, int],
+    sites: Mapping[str, Site],
+    *,
+    is_dora: bool = False,
+    halves: Container[str] = (),
 ) -> AdapterWeights:
-    """An adapter with the given rank at each named site; deltas are about as large as the base's outputs."""
+    """An adapter with the given rank at each named site; deltas are about as large as the base's outputs.
+
+    halves: the sites at which A and B are numbers of bfloat16.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = {name: _site_weights(generator, rank, sites[name], is_dora) for name, rank in ranks.items()}
+    made |= {name: _in_halves(site) for name, site in made.items() if name in halves}
     num_bytes = sum(site.num_bytes for site in made.values())
     return AdapterWeights(made, num_bytes, max(ranks.values(), default=0), f"digest-{seed}")
 
@@ -41,6 +51,10 @@ def _site_weights(generator: torch.Generator, rank: int, site: Site, is_dora: bo
     b = torch.randn(site.out_features, rank, generator=generator) / rank**0.5
     magnitude = torch.rand(site.out_features, generator=generator) * 2 + 0.5 if is_dora else None
     return SiteWeights(a, b, magnitude)
+
+
+def _in_halves(site: SiteWeights) -> SiteWeights:
+    return replace(site, a=site.a.bfloat16().float(), b=site.b.bfloat16().float())
 
 
 def row_slots(segments: Sequence[tuple[int, int]]) -> list[int]:
@@ -70,10 +84,11 @@ class Bench:
         max_rank: int = 64,
         dtype: torch.dtype = torch.bfloat16,
         kernel: Literal["torch", "triton", "native"] = "torch",
+        keeps_halves: bool = False,
     ) -> None:
         self.module = Tiny(widths, dtype)
         self.sites = {name: Site(name, *each, "language") for name, each in widths.items()}
-        self.bank = SlotBank(self.sites, num_slots, max_rank, torch.float32, CPU)
+        self.bank = SlotBank(self.sites, num_slots, max_rank, torch.float32, CPU, keeps_halves=keeps_halves)
         self.routing = RoutingSet.on(CPU)
         self.triton = TritonLora(self.sites, self.bank) if kernel == "triton" else None
         adder = adder_of(kernel, self.sites, self.bank) if self.triton is None else self.triton.adder

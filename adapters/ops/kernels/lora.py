@@ -38,7 +38,7 @@ def shrink(
     partial_ptr,  # [PARTS, NUM_SITES, T, MAX_RANK] float32, written where a tile has rows and the site a rank
     tiles_ptr,  # [tiles, 4] int32: slot, first place, number of rows
     rows_ptr,  # [T] int32: the row of x at each place
-    entries_ptr,  # [NUM_SITES, num_slots, 4] int64: address of A, of B, of the scale, padded rank
+    entries_ptr,  # [NUM_SITES, num_slots, 4] int64: address of A, of B, of the scale; padded rank below, type above
     num_slots,
     num_places,  # T
     A_TYPE: tl.constexpr,
@@ -58,7 +58,7 @@ def shrink(
     first = tl.load(tiles_ptr + tile * TILE_FIELDS + 1)
     count = tl.load(tiles_ptr + tile * TILE_FIELDS + 2)
     entry = entries_ptr + (site * num_slots + slot) * ENTRY_FIELDS
-    rank = tl.load(entry + 3, mask=count > 0, other=0).to(tl.int32)
+    rank = tl.load(entry + 3, mask=count > 0, other=0).to(tl.int32)  # the lower half
     if rank == 0:
         return
     a_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(A_TYPE)), 16)
@@ -136,7 +136,7 @@ def expand(
     first = tl.load(tiles_ptr + tile * TILE_FIELDS + 1)
     count = tl.load(tiles_ptr + tile * TILE_FIELDS + 2)
     entry = entries_ptr + (site * num_slots + slot) * ENTRY_FIELDS
-    rank = tl.load(entry + 3, mask=count > 0, other=0).to(tl.int32)
+    rank = tl.load(entry + 3, mask=count > 0, other=0).to(tl.int32)  # the lower half
     if rank == 0:
         return
     rank = rank // 8 * 8  # a multiple of 8 always: said so that B's rows are read 16 bytes at a time

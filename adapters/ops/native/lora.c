@@ -5,7 +5,8 @@
  *
  * A row has the same bits in every batch: each number of h and y is one thread's sum, in one fixed order (eight partial
  * sums over the input in steps of eight, then a tree; over the ranks one after another), whatever rows stand beside it
- * and however the work is cut. Hence fused multiply-adds are written out, and contraction is off.
+ * and however the work is cut. Hence fused multiply-adds are written out, and contraction is off. Nor does it matter
+ * to the bits whether a slot's A and B are kept in float32 or, where that loses nothing, in bfloat16.
  *
  * Nothing here is Python's: it is loaded through ctypes, after torch, whose OpenMP runtime (and so its threads) it
  * uses.
@@ -15,22 +16,28 @@
 #ifdef LORIKEET_HAS_KERNELS
 
 enum { MOST_ROWS = 64, RANKS_TRANSPOSED = 64 }; /* of a panel; at once */
-enum { RANKS_AT_ONCE = 8, FLOATS_A_LINE = 16 };
+enum { RANKS_AT_ONCE = 8, COLUMNS_AT_ONCE = 16 };
 /* Of B at a time: long stretches are read faster. */
 enum { FEWEST_COLUMNS = 256, MOST_COLUMNS = 2048, UNITS_A_THREAD = 4 };
 /* Weights come from memory once a step: half as fast without a hint. */
-enum { PREFETCHED_FLOATS = 128, GROUPS_AHEAD = 8 };
+enum { PREFETCHED_BYTES = 256, COLUMNS_AHEAD = 128 };
 enum { ROUND_DELTA = 0, ROUND_SUM = 1 };
-enum { FIELD_A, FIELD_B, FIELD_SCALE, FIELD_RANK, NUM_FIELDS };
+
+/* What a slot holds at a site: addresses of A [rank, in], of B [out, rank], of DoRA's scale (0 without), the padded
+ * rank (0 where the slot leaves the site alone), and the type of A and B. */
+typedef struct {
+  int64_t a, b, scale;
+  int32_t rank, type;
+} Entry;
 
 /* One of the linears: its columns of y, and the address of its bias (0 without), which only DoRA asks for. */
 typedef struct {
   int64_t first_column, width, bias, bias_type;
 } Site;
 
-/* All that is the same for every step; entries [num_sites, num_slots, 4] is adapters.ops.entries' table. */
+/* All that is the same for every step; entries [num_sites, num_slots] is adapters.ops.entries' table. */
 typedef struct {
-  const int64_t *entries;
+  const Entry *entries;
   const Site *sites;
   int64_t num_sites, num_slots, num_in, rounding;
 } Linears;
@@ -39,6 +46,10 @@ typedef struct {
 typedef struct {
   int32_t slot, start, count;
 } Panel;
+
+/* Of eight columns: a vector a rank, a vector a row. */
+typedef __m256 Weights[RANKS_TRANSPOSED];
+typedef __m256 Deltas[MOST_ROWS];
 
 typedef struct {
   const Linears *linears;
@@ -65,33 +76,61 @@ INLINE float sum_of(__m256 v) {
   return _mm256_cvtss_f32(sums_of(v8));
 }
 
+/* As ``load``; halves by one shuffle within each half of a register, which has the eight of them twice. */
+INLINE __m256 load_weights(const char *from, const int type) {
+  if (type == TYPE_FLOAT32) return _mm256_loadu_ps((const float *)from);
+  const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, /* the first four */
+                                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, places));
+}
+
+/* As ``load``, where only the first ``left`` of eight are there to be read; zeros for the others. */
+INLINE __m256 load_end(const char *from, int64_t left, int64_t type) {
+  if (type == TYPE_FLOAT32) return _mm256_maskload_ps((const float *)from, tail_mask(left));
+  uint16_t end[LANES] = {0};
+  memcpy(end, from, left * sizeof *end);
+  return load((const char *)end, type);
+}
+
 /* ---- shrink: hidden = x A^T ------------------------------------------------------------------------------------ */
+
+/* Eight inputs more, from the k-th on; ``a`` is there already. */
+INLINE void shrink_lanes(const int num_rows, const int num_ranks, const int type, const float *const *x, const char *a,
+                         int64_t stride, int64_t k, __m256 *sums) {
+  __m256 rows[4];
+  UNROLL for (int row = 0; row < num_rows; row++) rows[row] = _mm256_loadu_ps(x[row] + k);
+  UNROLL for (int rank = 0; rank < num_ranks; rank++) {
+    const __m256 weights = load_weights(a + rank * stride, type);
+    UNROLL for (int row = 0; row < num_rows; row++) {
+      __m256 *sum = &sums[row * num_ranks + rank];
+      *sum = _mm256_fmadd_ps(rows[row], weights, *sum);
+    }
+  }
+}
 
 /* num_rows rows by num_ranks rows of A, num_rows x num_ranks at most 8: as many independent sums as hide the
  * latency. */
-INLINE void shrink_tile(const int num_rows, const int num_ranks, const float *const *x, const float *a, int64_t num_in,
-                        float *const *out) {
+INLINE void shrink_tile(const int num_rows, const int num_ranks, const int type, const float *const *x, const char *a,
+                        int64_t num_in, float *const *out) {
+  const int64_t size = size_of(type), stride = num_in * size;
   __m256 sums[8];
   UNROLL for (int i = 0; i < num_rows * num_ranks; i++) sums[i] = _mm256_setzero_ps();
   int64_t k = 0;
-  for (; k + LANES <= num_in; k += LANES) {
-    __m256 rows[4];
-    UNROLL for (int row = 0; row < num_rows; row++) rows[row] = _mm256_loadu_ps(x[row] + k);
-    UNROLL for (int rank = 0; rank < num_ranks; rank++) {
-      const __m256 weights = _mm256_loadu_ps(a + rank * num_in + k);
-      _mm_prefetch((const char *)(a + rank * num_in + k + PREFETCHED_FLOATS), _MM_HINT_T0);
-      UNROLL for (int row = 0; row < num_rows; row++) {
-        __m256 *sum = &sums[row * num_ranks + rank];
-        *sum = _mm256_fmadd_ps(rows[row], weights, *sum);
-      }
-    }
+  for (; k + BYTES_A_LINE / size <= num_in; k += BYTES_A_LINE / size) {
+    UNROLL for (int rank = 0; rank < num_ranks; rank++)
+      _mm_prefetch(a + rank * stride + k * size + PREFETCHED_BYTES, _MM_HINT_T0);
+    UNROLL for (int64_t lanes = 0; lanes < BYTES_A_LINE / size; lanes += LANES)
+      shrink_lanes(num_rows, num_ranks, type, x, a + (k + lanes) * size, stride, k + lanes, sums);
   }
+  for (; k + LANES <= num_in; k += LANES)
+    shrink_lanes(num_rows, num_ranks, type, x, a + k * size, stride, k, sums);
   if (k < num_in) {
     const __m256i mask = tail_mask(num_in - k);
     UNROLL for (int row = 0; row < num_rows; row++) {
       const __m256 values = _mm256_maskload_ps(x[row] + k, mask);
       UNROLL for (int rank = 0; rank < num_ranks; rank++) {
-        const __m256 weights = _mm256_maskload_ps(a + rank * num_in + k, mask);
+        const __m256 weights = load_end(a + rank * stride + k * size, num_in - k, type);
         __m256 *sum = &sums[row * num_ranks + rank];
         *sum = _mm256_fmadd_ps(values, weights, *sum);
       }
@@ -102,36 +141,38 @@ INLINE void shrink_tile(const int num_rows, const int num_ranks, const float *co
 }
 
 /* Eight rows of A for up to four rows of x. */
-FAST static void shrink_rows(int num_rows, const float *const *x, const float *a, int64_t num_in, float *const *out) {
+INLINE void shrink_rows(int num_rows, const int type, const float *const *x, const char *a, int64_t num_in,
+                        float *const *out) {
+  const int64_t stride = num_in * size_of(type);
   float *at[4];
   switch (num_rows) {
   case 1:
-    shrink_tile(1, 8, x, a, num_in, out);
+    shrink_tile(1, 8, type, x, a, num_in, out);
     return;
   case 2:
     for (int rank = 0; rank < RANKS_AT_ONCE; rank += 4) {
       for (int row = 0; row < 2; row++) at[row] = out[row] + rank;
-      shrink_tile(2, 4, x, a + rank * num_in, num_in, at);
+      shrink_tile(2, 4, type, x, a + rank * stride, num_in, at);
     }
     return;
   case 3:
     for (int rank = 0; rank < RANKS_AT_ONCE; rank += 2) {
       for (int row = 0; row < 3; row++) at[row] = out[row] + rank;
-      shrink_tile(3, 2, x, a + rank * num_in, num_in, at);
+      shrink_tile(3, 2, type, x, a + rank * stride, num_in, at);
     }
     return;
   default:
     for (int rank = 0; rank < RANKS_AT_ONCE; rank += 2) {
       for (int row = 0; row < 4; row++) at[row] = out[row] + rank;
-      shrink_tile(4, 2, x, a + rank * num_in, num_in, at);
+      shrink_tile(4, 2, type, x, a + rank * stride, num_in, at);
     }
   }
 }
 
-FAST static void shrink_panel(const Step *step, const Panel *panel, const int64_t *entry, int64_t first_rank,
-                              int64_t hidden_column) {
+INLINE void shrink_panel(const Step *step, const Panel *panel, const Entry *entry, const int type, int64_t first_rank,
+                         int64_t hidden_column) {
   const int64_t num_in = step->linears->num_in;
-  const float *a = (const float *)(intptr_t)entry[FIELD_A] + first_rank * num_in;
+  const char *a = (const char *)(intptr_t)entry->a + first_rank * num_in * size_of(type);
   for (int start = 0; start < panel->count; start += 4) {
     const int num_rows = panel->count - start < 4 ? panel->count - start : 4;
     const float *x[4];
@@ -142,8 +183,18 @@ FAST static void shrink_panel(const Step *step, const Panel *panel, const int64_
                                             : step->wide + place * num_in;
       out[row] = step->hidden + place * step->hidden_stride + hidden_column + first_rank;
     }
-    shrink_rows(num_rows, x, a, num_in, out);
+    shrink_rows(num_rows, type, x, a, num_in, out);
   }
+}
+
+FAST static void shrink_floats(const Step *step, const Panel *panel, const Entry *entry, int64_t first_rank,
+                               int64_t hidden_column) {
+  shrink_panel(step, panel, entry, TYPE_FLOAT32, first_rank, hidden_column);
+}
+
+FAST static void shrink_halves(const Step *step, const Panel *panel, const Entry *entry, int64_t first_rank,
+                               int64_t hidden_column) {
+  shrink_panel(step, panel, entry, TYPE_BFLOAT16, first_rank, hidden_column);
 }
 
 /* ---- expand: y = round(y + hidden B^T) --------------------------------------------------------------------------- */
@@ -159,7 +210,7 @@ INLINE __m256 with_dora(__m256 y, __m256 delta, const float *scale, const char *
 }
 
 /* Eight rows of B, eight ranks of each -> eight vectors, one a rank. */
-INLINE void transpose(const float *b, int64_t stride, __m256 *to) {
+INLINE void transpose_floats(const float *b, int64_t stride, __m256 *to) {
   __m256 r[8], t[8];
   UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(b + i * stride);
   UNROLL for (int i = 0; i < 8; i += 2) {
@@ -178,38 +229,94 @@ INLINE void transpose(const float *b, int64_t stride, __m256 *to) {
   }
 }
 
-/* sums [num_rows] of eight columns, each over the ranks in order; h [num_rows, stride], b [num_ranks]. */
-INLINE void expand_rows(const int num_rows, const float *h, int64_t stride, const __m256 *b, int64_t num_ranks,
-                        __m256 *sums) {
-  __m256 own[8];
-  UNROLL for (int row = 0; row < num_rows; row++) own[row] = sums[row];
-  for (int64_t rank = 0; rank < num_ranks; rank++) {
-    const __m256 weights = b[rank];
-    UNROLL for (int row = 0; row < num_rows; row++)
-      own[row] = _mm256_fmadd_ps(_mm256_broadcast_ss(h + row * stride + rank), weights, own[row]);
+/* The same of halves: pairs of ranks are transposed as numbers of 32 bits, and taken apart at the end. */
+INLINE void transpose_halves(const uint16_t *b, int64_t stride, __m256 *to) {
+  __m256i r[4], t[4];
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m128i low = _mm_loadu_si128((const __m128i *)(b + i * stride));
+    r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm_loadu_si128((const __m128i *)(b + (i + 4) * stride)), 1);
   }
-  UNROLL for (int row = 0; row < num_rows; row++) sums[row] = own[row];
+  UNROLL for (int i = 0; i < 4; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 2; i++) {
+    r[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    to[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(r[i], 16));
+    to[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(r[i], _mm256_set1_epi32((int)0xffff0000u)));
+  }
 }
 
-/* Eight columns of a panel's rows. h [num_rows, stride] are its hidden rows, b eight rows of B. */
-INLINE void deltas_of(const float *h, int64_t stride, int num_rows, const float *b, int64_t rank, __m256 *deltas) {
-  __m256 weights[RANKS_TRANSPOSED];
-  memset(deltas, 0, sizeof(__m256) * num_rows);
+INLINE void transpose(const char *b, int64_t stride, const int type, __m256 *to) {
+  if (type == TYPE_FLOAT32)
+    transpose_floats((const float *)b, stride, to);
+  else
+    transpose_halves((const uint16_t *)b, stride, to);
+}
+
+/* sums [2][num_rows] of two times eight columns, each over the ranks in order; h [num_rows, stride], b [2][num_ranks].
+ * Two at once: beside a single row's sum, which waits for itself, another is under way. */
+INLINE void expand_rows(const int num_rows, const float *h, int64_t stride, const Weights *b, int64_t num_ranks,
+                        Deltas *sums, int at) {
+  __m256 low[4], high[4];
+  UNROLL for (int row = 0; row < num_rows; row++) {
+    low[row] = sums[0][at + row];
+    high[row] = sums[1][at + row];
+  }
+  for (int64_t rank = 0; rank < num_ranks; rank++) {
+    const __m256 weights = b[0][rank], more = b[1][rank];
+    UNROLL for (int row = 0; row < num_rows; row++) {
+      const __m256 hidden = _mm256_broadcast_ss(h + row * stride + rank);
+      low[row] = _mm256_fmadd_ps(hidden, weights, low[row]);
+      high[row] = _mm256_fmadd_ps(hidden, more, high[row]);
+    }
+  }
+  UNROLL for (int row = 0; row < num_rows; row++) {
+    sums[0][at + row] = low[row];
+    sums[1][at + row] = high[row];
+  }
+}
+
+/* Two times eight columns of a panel's rows. h [num_rows, stride] are its hidden rows, b sixteen rows of B. */
+INLINE void deltas_of(const float *h, int64_t stride, int num_rows, const char *b, const int type, int64_t rank,
+                      Deltas *deltas) {
+  const int64_t size = size_of(type);
+  Weights weights[2];
+  for (int half = 0; half < 2; half++) memset(deltas[half], 0, sizeof(__m256) * num_rows);
   for (int64_t first = 0; first < rank; first += RANKS_TRANSPOSED) {
     const int64_t count = rank - first < RANKS_TRANSPOSED ? rank - first : RANKS_TRANSPOSED;
-    for (int64_t k = 0; k < count; k += LANES) transpose(b + first + k, rank, weights + k);
+    for (int64_t k = 0; k < count; k += LANES)
+      UNROLL for (int half = 0; half < 2; half++)
+        transpose(b + (half * LANES * rank + first + k) * size, rank, type, weights[half] + k);
     for (int row = 0; row < num_rows;) {
       const float *at = h + row * stride + first;
-      const int left = num_rows - row, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const int left = num_rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       switch (taken) {
-      case 8: expand_rows(8, at, stride, weights, count, deltas + row); break;
-      case 4: expand_rows(4, at, stride, weights, count, deltas + row); break;
-      case 2: expand_rows(2, at, stride, weights, count, deltas + row); break;
-      default: expand_rows(1, at, stride, weights, count, deltas + row);
+      case 4: expand_rows(4, at, stride, weights, count, deltas, row); break;
+      case 2: expand_rows(2, at, stride, weights, count, deltas, row); break;
+      default: expand_rows(1, at, stride, weights, count, deltas, row);
       }
       row += taken;
     }
   }
+}
+
+/* The same of a panel of one row, as decodes are: nothing is laid down to be used again. */
+INLINE void deltas_of_one(const float *h, const char *b, const int type, int64_t rank, Deltas *deltas) {
+  const int64_t size = size_of(type);
+  __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t k = 0; k < rank; k += LANES)
+    UNROLL for (int half = 0; half < 2; half++) {
+      __m256 weights[LANES];
+      transpose(b + (half * LANES * rank + k) * size, rank, type, weights);
+      UNROLL for (int i = 0; i < LANES; i++)
+        sums[half] = _mm256_fmadd_ps(_mm256_broadcast_ss(h + k + i), weights[i], sums[half]);
+    }
+  for (int half = 0; half < 2; half++) deltas[half][0] = sums[half];
 }
 
 INLINE __m256 joined(__m256 y, __m256 delta, int64_t type, int64_t rounding) {
@@ -217,89 +324,122 @@ INLINE __m256 joined(__m256 y, __m256 delta, int64_t type, int64_t rounding) {
   return _mm256_add_ps(y, delta);
 }
 
-FAST static void expand_panel(const Step *step, const Panel *panel, const int64_t *entry, const Site *site,
-                              int64_t first, int64_t hidden_column) {
-  const int64_t rank = entry[FIELD_RANK], type = step->y_type, size = size_of(type);
-  const int64_t bias_size = size_of(site->bias_type);
-  const float *b = (const float *)(intptr_t)entry[FIELD_B];
-  const float *scale = (const float *)(intptr_t)entry[FIELD_SCALE];
-  const char *bias = (const char *)(intptr_t)site->bias;
+/* y, eight columns of one row, and what lies beside them: DoRA's scale and, for it, the bias (both 0 without). */
+INLINE void add_delta(const Step *step, char *y, __m256 delta, const float *scale, const char *bias,
+                      int64_t bias_type) {
+  const int64_t type = step->y_type;
+  const __m256 base = load(y, type);
+  const __m256 sum = scale ? with_dora(base, delta, scale, bias, bias_type, type)
+                           : joined(base, delta, type, step->linears->rounding);
+  store(y, rounded_to(sum, type), type);
+}
+
+/* The same where only ``left`` columns are there: B's rows are padded to a multiple of 16, not so y, scale and bias. */
+INLINE void add_end(const Step *step, char *y, __m256 delta, const float *scale, const char *bias, int64_t bias_type,
+                    int64_t left) {
+  const int64_t size = left * size_of(step->y_type);
+  char y_end[32] = {0}, bias_end[32] = {0};
+  float scale_end[8] = {0};
+  memcpy(y_end, y, size);
+  if (bias) memcpy(bias_end, bias, left * size_of(bias_type));
+  if (scale) memcpy(scale_end, scale, left * sizeof(float));
+  add_delta(step, y_end, delta, scale ? scale_end : 0, bias ? bias_end : 0, bias_type);
+  memcpy(y, y_end, size);
+}
+
+/* Eight columns of a panel's rows; those that are there, where ``left`` are less. */
+INLINE void add_deltas(const Step *step, const Panel *panel, const Site *site, const float *scale, int64_t column,
+                       int64_t left, const __m256 *deltas) {
+  const int64_t size = size_of(step->y_type);
+  const char *bias = site->bias ? (const char *)(intptr_t)site->bias + column * size_of(site->bias_type) : 0;
+  if (scale) scale += column;
+  for (int row = 0; row < panel->count; row++) {
+    const int64_t place = step->order[panel->start + row];
+    char *y = step->y + (place * step->y_stride + site->first_column + column) * size;
+    if (left < LANES)
+      add_end(step, y, deltas[row], scale, bias, site->bias_type, left);
+    else
+      add_delta(step, y, deltas[row], scale, bias, site->bias_type);
+  }
+}
+
+INLINE void expand_panel(const Step *step, const Panel *panel, const Entry *entry, const int type, const Site *site,
+                         int64_t first, int64_t hidden_column) {
+  const int64_t rank = entry->rank, stride = rank * size_of(type);
+  const char *b = (const char *)(intptr_t)entry->b;
+  const float *scale = (const float *)(intptr_t)entry->scale;
   const float *hidden = step->hidden + panel->start * step->hidden_stride + hidden_column;
   const int64_t end = first + step->num_columns < site->width ? first + step->num_columns : site->width;
-  for (int64_t column = first; column < end; column += LANES) {
-    for (int64_t ahead = 0; ahead < LANES * rank; ahead += FLOATS_A_LINE)
-      _mm_prefetch((const char *)(b + (column + GROUPS_AHEAD * LANES) * rank + ahead), _MM_HINT_T0);
-    const int64_t left = end - column < LANES ? end - column : LANES;
-    __m256 deltas[MOST_ROWS];
-    deltas_of(hidden, step->hidden_stride, panel->count, b + column * rank, rank, deltas);
-    for (int row = 0; row < panel->count; row++) {
-      const int64_t place = panel->start + row;
-      char *y = step->y + (step->order[place] * step->y_stride + site->first_column + column) * size;
-      /* B's rows are padded to a multiple of 16, those of y, scale and bias are not: a short end goes through copies */
-      char y_end[32] = {0}, bias_end[32] = {0};
-      float scale_end[8] = {0};
-      char *at = y;
-      const char *bias_at = bias ? bias + column * bias_size : 0;
-      const float *scale_at = scale ? scale + column : 0;
-      if (left < LANES) {
-        memcpy(y_end, y, left * size);
-        at = y_end;
-        if (bias) bias_at = memcpy(bias_end, bias_at, left * bias_size);
-        if (scale) scale_at = memcpy(scale_end, scale_at, left * sizeof(float));
-      }
-      const __m256 base = load(at, type);
-      const __m256 delta = deltas[row];
-      __m256 sum = scale ? with_dora(base, delta, scale_at, bias_at, site->bias_type, type)
-                         : joined(base, delta, type, step->linears->rounding);
-      if (type == TYPE_BFLOAT16) sum = rounded(sum);
-      store(at, sum, type);
-      if (left < LANES) memcpy(y, y_end, left * size);
+  for (int64_t column = first; column < end; column += COLUMNS_AT_ONCE) {
+    for (int64_t ahead = 0; ahead < COLUMNS_AT_ONCE * stride; ahead += BYTES_A_LINE)
+      _mm_prefetch(b + (column + COLUMNS_AHEAD) * stride + ahead, _MM_HINT_T0);
+    Deltas deltas[2];
+    if (panel->count == 1)
+      deltas_of_one(hidden, b + column * stride, type, rank, deltas);
+    else
+      deltas_of(hidden, step->hidden_stride, panel->count, b + column * stride, type, rank, deltas);
+    for (int half = 0; half < 2; half++) {
+      const int64_t at = column + half * LANES, left = end - at;
+      if (left > 0) add_deltas(step, panel, site, scale, at, left, deltas[half]);
     }
   }
 }
 
+FAST static void expand_floats(const Step *step, const Panel *panel, const Entry *entry, const Site *site,
+                               int64_t first, int64_t hidden_column) {
+  expand_panel(step, panel, entry, TYPE_FLOAT32, site, first, hidden_column);
+}
+
+FAST static void expand_halves(const Step *step, const Panel *panel, const Entry *entry, const Site *site,
+                               int64_t first, int64_t hidden_column) {
+  expand_panel(step, panel, entry, TYPE_BFLOAT16, site, first, hidden_column);
+}
+
 /* ---- a call ------------------------------------------------------------------------------------------------------ */
 
-static const int64_t *entry_of(const Linears *linears, int64_t site, int64_t slot) {
-  return linears->entries + (site * linears->num_slots + slot) * NUM_FIELDS;
+static const Entry *entry_of(const Linears *linears, int64_t site, int64_t slot) {
+  return linears->entries + site * linears->num_slots + slot;
 }
 
 /* Where a site's part of a slot's hidden row begins: after those of the sites before it. */
 static int64_t hidden_column_of(const Linears *linears, int64_t site, int64_t slot) {
   int64_t column = 0;
-  for (int64_t before = 0; before < site; before++) column += entry_of(linears, before, slot)[FIELD_RANK];
+  for (int64_t before = 0; before < site; before++) column += entry_of(linears, before, slot)->rank;
   return column;
 }
 
 static void shrink_unit(const Step *step, int64_t unit, int64_t num_chunks) {
   const int64_t chunk = unit % num_chunks, site = unit / num_chunks % step->linears->num_sites;
   const Panel *panel = &step->panels[unit / num_chunks / step->linears->num_sites];
-  const int64_t *entry = entry_of(step->linears, site, panel->slot);
-  if (chunk * RANKS_AT_ONCE < entry[FIELD_RANK])
-    shrink_panel(step, panel, entry, chunk * RANKS_AT_ONCE, hidden_column_of(step->linears, site, panel->slot));
+  const Entry *entry = entry_of(step->linears, site, panel->slot);
+  if (chunk * RANKS_AT_ONCE >= entry->rank) return;
+  const int64_t hidden_column = hidden_column_of(step->linears, site, panel->slot);
+  (entry->type == TYPE_FLOAT32 ? shrink_floats : shrink_halves)(step, panel, entry, chunk * RANKS_AT_ONCE,
+                                                                hidden_column);
 }
 
 static void expand_unit(const Step *step, int64_t unit, int64_t num_chunks) {
   const int64_t chunk = unit % num_chunks, site = unit / num_chunks % step->linears->num_sites;
   const Panel *panel = &step->panels[unit / num_chunks / step->linears->num_sites];
-  const int64_t *entry = entry_of(step->linears, site, panel->slot);
+  const Entry *entry = entry_of(step->linears, site, panel->slot);
   const Site *of = &step->linears->sites[site];
   const int64_t first = chunk * step->num_columns;
-  if (entry[FIELD_RANK] && first < of->width)
-    expand_panel(step, panel, entry, of, first, hidden_column_of(step->linears, site, panel->slot));
+  if (!entry->rank || first >= of->width) return;
+  const int64_t hidden_column = hidden_column_of(step->linears, site, panel->slot);
+  (entry->type == TYPE_FLOAT32 ? expand_floats : expand_halves)(step, panel, entry, of, first, hidden_column);
 }
 
-/* Whole lanes, as many as leave every thread several units. */
+/* Whole steps, as many as leave every thread several units. */
 static int64_t columns_of_a_unit(int64_t num_columns, int num_threads) {
-  const int64_t share = num_columns / (num_threads * UNITS_A_THREAD) / LANES * LANES;
+  const int64_t share = num_columns / (num_threads * UNITS_A_THREAD) / COLUMNS_AT_ONCE * COLUMNS_AT_ONCE;
   return share < FEWEST_COLUMNS ? FEWEST_COLUMNS : share < MOST_COLUMNS ? share : MOST_COLUMNS;
 }
 
 /* hidden_stride: at least the sum of the ranks of any slot's sites. Returns 0, or 1 where there is no memory for
  * scratch. */
-int lorikeet_add_lora(const Linears *linears, const Panel *panels, int64_t num_panels, const int32_t *order,
-                       int64_t num_rows, void *y, int64_t y_stride, int64_t y_type, const void *x, int64_t x_stride,
-                       int64_t x_type, int64_t hidden_stride, int64_t num_threads) {
+int lorikeet_add_adapters(const Linears *linears, const Panel *panels, int64_t num_panels, const int32_t *order,
+                          int64_t num_rows, void *y, int64_t y_stride, int64_t y_type, const void *x,
+                          int64_t x_stride, int64_t x_type, int64_t hidden_stride, int64_t num_threads) {
   const int64_t num_wide = x_type == TYPE_FLOAT32 ? 0 : num_rows * linears->num_in;
   float *wide = lorikeet_scratch((size_t)(num_wide + num_rows * hidden_stride)), *hidden = wide + num_wide;
   if (!wide) return 1;
@@ -308,7 +448,7 @@ int lorikeet_add_lora(const Linears *linears, const Panel *panels, int64_t num_p
     const int64_t width = linears->sites[site].width;
     if (width > max_width) max_width = width;
     for (int64_t panel = 0; panel < num_panels; panel++) {
-      const int64_t rank = entry_of(linears, site, panels[panel].slot)[FIELD_RANK];
+      const int64_t rank = entry_of(linears, site, panels[panel].slot)->rank;
       if (rank > max_rank) max_rank = rank;
       products += rank * panels[panel].count * (linears->num_in + width);
     }
