@@ -79,6 +79,7 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
     from server.admin import restore_pins
     from server.app import create_app
     from server.draining import DrainingServer
+    from server.eventloop import new_event_loop
     from server.http11 import HttpProtocol
     from server.upkeep import Upkeep, stop
 
@@ -103,7 +104,8 @@ def _serve(state: ServerState, listener: socket.socket, on_started: Callable[[],
         finally:
             await stop(keeping)
 
-    asyncio.run(serve())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve())
 
 
 @contextmanager

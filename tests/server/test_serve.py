@@ -35,6 +35,7 @@ from server.settings import Settings
 from server.startpage import StartPage, curl_line
 from tests.fakes import FakeEngineClient, FakeStream, Item, delta, finish
 from tests.support.packages import make_package, tiny_sites
+from tests.support.quick_server import serve
 from tests.support.surface import Surface, make_surface
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,7 +289,7 @@ def leaving(surface: Surface) -> Iterator[tuple[str, DrainingServer, threading.T
     began = threading.Event()
     server = DrainingServer(config, surface.state, began.set)
     listener = config.bind_socket()
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread = threading.Thread(target=serve, args=(server.serve(sockets=[listener]),), daemon=True)
     thread.start()
     assert began.wait(30)
     try:

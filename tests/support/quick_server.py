@@ -11,10 +11,12 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+
+from server.eventloop import new_event_loop
 
 PAUSE_S = 0.002
 
@@ -42,7 +44,7 @@ class QuickServer(uvicorn.Server):
             await serving
 
         with _listening() as listener:
-            thread = threading.Thread(target=lambda: asyncio.run(run(listener)), daemon=True)
+            thread = threading.Thread(target=serve, args=(run(listener),), daemon=True)
             thread.start()
             assert is_started.wait(20)
             assert self.started
@@ -68,6 +70,12 @@ class QuickServer(uvicorn.Server):
             await asyncio.sleep(PAUSE_S)
         for task in self.server_state.tasks:
             task.cancel(msg="the test is over")
+
+
+def serve(work: Coroutine[None, None, None]) -> None:
+    """On the kind of loop that serves."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(work)
 
 
 def _listening() -> socket.socket:
