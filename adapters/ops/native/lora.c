@@ -19,8 +19,8 @@ enum { MOST_ROWS = 64, RANKS_TRANSPOSED = 64 }; /* of a panel; at once */
 enum { RANKS_AT_ONCE = 8, COLUMNS_AT_ONCE = 16 };
 /* Of B at a time: long stretches are read faster. */
 enum { FEWEST_COLUMNS = 256, MOST_COLUMNS = 2048, UNITS_A_THREAD = 4 };
-/* Weights come from memory once a step: half as fast without a hint. */
-enum { PREFETCHED_BYTES = 256, COLUMNS_AHEAD = 128 };
+/* Weights come from memory once a step: half as fast without a hint, from the first line of a unit on. */
+enum { PREFETCHED_BYTES = 256, COLUMNS_AHEAD = 64 };
 enum { ROUND_DELTA = 0, ROUND_SUM = 1 };
 
 /* What a slot holds at a site: addresses of A [rank, in], of B [out, rank], of DoRA's scale (0 without), the padded
@@ -65,6 +65,10 @@ typedef struct {
   int64_t hidden_stride;
   int64_t num_columns; /* of a unit of expand */
 } Step;
+
+INLINE void prefetch(const char *from, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += BYTES_A_LINE) _mm_prefetch(from + at, _MM_HINT_T0);
+}
 
 INLINE __m256i tail_mask(int64_t left) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -116,6 +120,7 @@ INLINE void shrink_tile(const int num_rows, const int num_ranks, const int type,
   const int64_t size = size_of(type), stride = num_in * size;
   __m256 sums[8];
   UNROLL for (int i = 0; i < num_rows * num_ranks; i++) sums[i] = _mm256_setzero_ps();
+  for (int rank = 0; rank < num_ranks; rank++) prefetch(a + rank * stride, PREFETCHED_BYTES);
   int64_t k = 0;
   for (; k + BYTES_A_LINE / size <= num_in; k += BYTES_A_LINE / size) {
     UNROLL for (int rank = 0; rank < num_ranks; rank++)
@@ -370,9 +375,9 @@ INLINE void expand_panel(const Step *step, const Panel *panel, const Entry *entr
   const float *scale = (const float *)(intptr_t)entry->scale;
   const float *hidden = step->hidden + panel->start * step->hidden_stride + hidden_column;
   const int64_t end = first + step->num_columns < site->width ? first + step->num_columns : site->width;
+  prefetch(b + first * stride, COLUMNS_AHEAD * stride);
   for (int64_t column = first; column < end; column += COLUMNS_AT_ONCE) {
-    for (int64_t ahead = 0; ahead < COLUMNS_AT_ONCE * stride; ahead += BYTES_A_LINE)
-      _mm_prefetch(b + (column + COLUMNS_AHEAD) * stride + ahead, _MM_HINT_T0);
+    prefetch(b + (column + COLUMNS_AHEAD) * stride, COLUMNS_AT_ONCE * stride);
     Deltas deltas[2];
     if (panel->count == 1)
       deltas_of_one(hidden, b + column * stride, type, rank, deltas);
