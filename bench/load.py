@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import httpx2
 
 from bench.endpoint import Endpoint
+from bench.eventloop import run_async
 from bench.streamed import Arrival, Streamed, failed, read_stream
 from bench.trace import Call, Trace
 
@@ -40,7 +41,7 @@ class Load:
     def send(self, trace: Trace) -> Run:
         """Raises ValueError if the endpoint has too few adapters; failures of calls are in the run."""
         self._endpoint.require(trace.num_adapters)
-        return asyncio.run(self.send_async(trace))
+        return run_async(self.send_async(trace))
 
     async def send_async(self, trace: Trace) -> Run:
         bodies = {call.index: self._endpoint.body(call) for call in trace.calls}  # pictures are drawn before

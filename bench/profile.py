@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from bench.cells import NothingMeasured
 from bench.endpoint import Endpoint, Naming
+from bench.eventloop import run_async
 from bench.load import Load, Run
 from bench.scrape import between, scrape
 from bench.serving import Served
@@ -81,7 +82,7 @@ def profile(endpoint: Endpoint, served: Served, asked: Asked, tell: Tell) -> lis
     runs: list[list[dict[str, float]]] = [[] for _ in sides]
     for repeat in range(asked.num_repeats + 1):  # the first warms up
         for place, side in enumerate(sides):
-            figures = asyncio.run(_window(side, served, asked, repeat))
+            figures = run_async(_window(side, served, asked, repeat))
             tell(f"{side.label} {repeat}/{asked.num_repeats}: {figures['step_ms']:.3f} ms a step")
             if repeat:
                 runs[place].append(figures)

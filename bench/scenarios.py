@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from bench.asking import a_call, require_whole, run_whole
 from bench.cells import Plan, Tell
 from bench.endpoint import Endpoint
+from bench.eventloop import run_async
 from bench.load import Load, Run
 from bench.measure import measure
 from bench.pairs import NUM_SWAPPED, ask_pairs, pair_calls
@@ -121,7 +122,7 @@ def _beside(
     if not is_warm:
         run_whole(endpoint, hosts)
     quiet = run_whole(endpoint, hosts)
-    loud, _ = asyncio.run(_together(endpoint, hosts, guests, _begun_s(quiet, hosts)))
+    loud, _ = run_async(_together(endpoint, hosts, guests, _begun_s(quiet, hosts)))
     require_whole(loud, endpoint)
     calm, busy = measure(quiet, plan.slo), measure(loud, plan.slo)
     figures = {
