@@ -113,8 +113,8 @@ class Segment:
         return 1 < self.end - self.begin == self.length
 
 
-def segments_of(plan: AttentionPlan) -> tuple[Segment, ...]:
-    """The plan's segments, made once a step for all layers."""
+def segments_of(plan: AttentionPlan, fewest_rows: int = 1) -> tuple[Segment, ...]:
+    """The plan's segments of so many rows or more, made once a step for all layers."""
     device = plan.slot_mapping.device
     rows = zip(plan.query_starts, plan.query_starts[1:], plan.context_lens, plan.block_tables, strict=False)
     return tuple(
@@ -126,6 +126,7 @@ def segments_of(plan: AttentionPlan) -> tuple[Segment, ...]:
             mask=_mask(end - begin, length, device),
         )
         for begin, end, length, table in rows
+        if end - begin >= fewest_rows
     )
 
 

@@ -96,7 +96,7 @@ class NativeStep:
         self._dtype = dtype
         self._num_rows = plan.query_starts[-1]
         self._row_shapes = (attention.num_heads, attention.dim), (attention.num_kv_heads, attention.dim)
-        self._long = [segment for segment in segments_of(plan) if segment.end - segment.begin > 1]
+        self._long = segments_of(plan, fewest_rows=2)
         self._decodes = Decodes.of(plan)
         self._slots = plan.slot_mapping.contiguous()
         sizes = (attention.num_heads, attention.num_kv_heads, attention.dim, plan.block_size, TYPES[dtype])

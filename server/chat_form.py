@@ -94,6 +94,7 @@ class ChatForm:
         ]
         num_prompt_tokens = sum(len(each.prompt.ids) for each in requests[:: request.n])
         num_tokens = 0
+        counts_along = request.includes_running_usage
         finishes: dict[int, Finish] = {}
         yield b"".join(frames.choice(choice.opening()) for choice in choices)
         async for index, item in events:
@@ -102,7 +103,7 @@ class ChatForm:
             else:
                 num_tokens += len(item.token_ids)
             running = None
-            if request.includes_running_usage:
+            if counts_along:
                 running = usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens)
             for choice in choices[index].take(item):
                 yield frames.choice(choice, running)

@@ -80,6 +80,7 @@ class CompletionForm:
         writers = [self._writer(i) for i in range(len(requests))]
         num_prompt_tokens = sum(len(each.prompt.ids) for each in requests[:: request.n])
         num_tokens = 0
+        counts_along = request.includes_running_usage
         finishes: dict[int, Finish] = {}
         async for index, item in events:
             if isinstance(item, Finish):
@@ -89,7 +90,7 @@ class CompletionForm:
                 num_tokens += 0 if request.is_echo_only else len(item.token_ids)
                 piece = _piece(index, *writers[index].take(item))
             running = None
-            if request.includes_running_usage:
+            if counts_along:
                 running = usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens)
             yield frames.choice(piece, running)
         if request.includes_usage:
