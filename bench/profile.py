@@ -174,6 +174,9 @@ def figures(opened: Edge, closed: Edge, num_rows: int) -> dict[str, float]:
     step_ms = per_step * (closed.at_s - opened.at_s)
     found["between_ms"] = step_ms - sum(found.values())
     found["around_ms"] = step_ms - sum(found[f"{phase}_ms"] for phase in MODEL_PHASES)
+    cpu = {phase: counted.get(f"step_cpu_seconds_total/{phase}", 0.0) for phase in PHASES}
+    if any(cpu.values()):
+        found["around_cpu_ms"] = per_step * sum(cpu[phase] for phase in PHASES if phase not in MODEL_PHASES)
     if closed.other_s:
         found["http_cpu_ms"] = per_step * (closed.loop_s - opened.loop_s)
         found["engine_cpu_ms"] = per_step * (closed.other_s - opened.other_s)

@@ -5,10 +5,10 @@ Rows that were computed for nobody are in no plan and no outcome by then, and so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
-from engine.clock import Phase
+from engine.clock import StepClock
 from engine.observer import ImageLookup, StepDone
 from engine.step import Chunk, StepPlan
 
@@ -23,8 +23,8 @@ def image_lookups(plan: StepPlan) -> Iterator[ImageLookup]:
                 fresh.discard(key)
 
 
-def step_done(chunks: Seq[Chunk], seconds: Mapping[Phase, float]) -> StepDone:
+def step_done(chunks: Seq[Chunk], clock: StepClock) -> StepDone:
     """Of the chunks that came to something."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     refs = {chunk.sequence.adapter for chunk in chunks if not chunk.sequence.adapter.is_base}
-    return StepDone(seconds, num_decodes, len(refs))
+    return StepDone(clock.seconds, clock.cpu_seconds, num_decodes, len(refs))

@@ -197,7 +197,7 @@ class Engine:
     def _account(self, outcomes: Seq[Outcome], clock: StepClock) -> None:
         if outcomes:
             self.num_steps += 1
-            self._observer.record(step_done([outcome.chunk for outcome in outcomes], clock.seconds))
+            self._observer.record(step_done([outcome.chunk for outcome in outcomes], clock))
 
     # ---- ends --------------------------------------------------------------------------------------------------
 

@@ -191,7 +191,7 @@ class Executor:
 
     def _attempt(self, plan: StepPlan, clock: StepClock) -> list[Outcome]:
         step = self._runner.run(plan)
-        clock.split(step.seconds)
+        clock.split(step.seconds, step.cpu_seconds)
         self._observer.record(Passed(step.way))
         if step.num_images:
             encode_s = step.seconds.get("encode", 0.0)

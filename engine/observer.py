@@ -22,6 +22,8 @@ class StepDone:
     """One step ran."""
 
     seconds: Mapping[Phase, float]
+    cpu_seconds: Mapping[Phase, float]
+    """The processor time of the engine's thread; what is missing to ``seconds`` it waited."""
     num_decode_rows: int
     num_distinct_adapters: int
     """Distinct adapters in the batch, the base not counted."""

@@ -35,6 +35,8 @@ class StepLogits:
     num_patches: int
     seconds: Mapping[Phase, float]
     """Of encode, batch and forward."""
+    cpu_seconds: Mapping[Phase, float]
+    """The processor time of the engine's thread in them."""
     way: Way = "eager"
     chosen: Tensor | None = None  # [L] int64
     """Each row's likeliest token, or NO_TOKEN, where the device has chosen them already."""
@@ -79,7 +81,9 @@ class Runner:
         if self._graphs is not None and (replayed := self._graphs.run(plan)) is not None:
             clock.lap("forward")
             counts = (1,) * len(plan.chunks)
-            return StepLogits(replayed.logits, counts, 0, 0, clock.seconds, "graph", replayed.chosen)
+            return StepLogits(
+                replayed.logits, counts, 0, 0, clock.seconds, clock.cpu_seconds, "graph", replayed.chosen
+            )
         encoded = self._encode(plan.image_jobs)
         clock.lap("encode")
         batch = build_batch(plan, self._cache, self._base.device, self._tiling)
@@ -94,6 +98,7 @@ class Runner:
             num_images=len(encoded),
             num_patches=sum(job.image.pixels.shape[0] for job in encoded),
             seconds=clock.seconds,
+            cpu_seconds=clock.cpu_seconds,
         )
 
     def can_launch(self, plan: StepPlan) -> bool:

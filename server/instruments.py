@@ -65,6 +65,11 @@ class Instruments:
         self.step = LatencyTable(
             "lorikeet_step_seconds", "Phases of the engine's step.", STEP_S, "phase"
         )  # observed nine times a step
+        self.step_cpu = self._counter(
+            "step_cpu_seconds_total",
+            "Processor time of the engine's thread in the phases of its step.",
+            "phase",
+        )
         self.batch_rows = self._histogram("batch_rows", "Decoding sequences in a step.", ROWS)
         self.batch_adapters = self._histogram(
             "batch_distinct_adapters", "Adapters in a step, base not counted.", ROWS

@@ -162,6 +162,8 @@ class Metrics:
     def _step(self, event: StepDone) -> None:
         for phase, seconds in event.seconds.items():
             self._instruments.step.observe(phase, seconds)
+        for phase, seconds in event.cpu_seconds.items():
+            self._instruments.step_cpu.labels(phase).inc(max(0.0, seconds))
         self._instruments.batch_rows.observe(event.num_decode_rows)
         self._instruments.batch_adapters.observe(event.num_distinct_adapters)
 

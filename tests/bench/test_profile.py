@@ -25,6 +25,9 @@ OPENED = {
     "lorikeet_batch_rows_sum": 70.0,
     "lorikeet_step_seconds_sum/forward": 1.0,
     "lorikeet_step_seconds_sum/plan": 0.5,
+    "lorikeet_step_cpu_seconds_total/forward": 0.9,
+    "lorikeet_step_cpu_seconds_total/plan": 0.2,
+    "lorikeet_step_cpu_seconds_total/send": 0.1,
     "lorikeet_prompt_tokens_total": 50.0,
 }
 CLOSED = OPENED | {
@@ -33,6 +36,9 @@ CLOSED = OPENED | {
     "lorikeet_batch_rows_sum": 230.0,
     "lorikeet_step_seconds_sum/forward": 1.2,
     "lorikeet_step_seconds_sum/plan": 0.52,
+    "lorikeet_step_cpu_seconds_total/forward": 1.05,
+    "lorikeet_step_cpu_seconds_total/plan": 0.21,
+    "lorikeet_step_cpu_seconds_total/send": 0.13,
 }
 
 INSIDE = frozenset({20, 50})
@@ -46,13 +52,16 @@ def server() -> Iterator[tuple[Endpoint, Script]]:
 
 
 def test_figures_are_those_worked_out_by_hand() -> None:
-    """20 steps in 0.3 s: 15 ms each, of which forward 10 and plan 1; the main thread ran 2 ms of each."""
+    """20 steps in 0.3 s: 15 ms each, of which forward 10 and plan 1; the main thread ran 2 ms of each, the engine's 0.5
+    in plan and 1.5 in send.
+    """
     found = figures(Edge(5.0, OPENED, 1.0, 2.0), Edge(5.3, CLOSED, 1.04, 2.2), 8)
     assert found["num_steps"] == 20
     assert found["step_ms"] == pytest.approx(15.0)
     assert found["forward_ms"] == pytest.approx(10.0) and found["plan_ms"] == pytest.approx(1.0)
     assert found["between_ms"] == pytest.approx(4.0), "what no phase has"
     assert found["around_ms"] == pytest.approx(5.0), "all but the model"
+    assert found["around_cpu_ms"] == pytest.approx(2.0), "of it, what was computed"
     assert found["http_cpu_ms"] == pytest.approx(2.0) and found["engine_cpu_ms"] == pytest.approx(10.0)
 
 
@@ -78,7 +87,7 @@ def test_adapters_and_base_take_turns_and_lora_is_their_difference(server: tuple
     found, base = (cell["profile"] for cell in cells)
     assert isinstance(found, dict) and isinstance(base, dict)
     assert found["forward_ms"] == pytest.approx(8.0) and found["lora_ms"] == pytest.approx(0.0, abs=1e-6)
-    assert "lora_ms" not in base and "http_cpu_ms" not in base
+    assert "lora_ms" not in base and "http_cpu_ms" not in base and "around_cpu_ms" not in base
     assert 0 < found["num_steps"] < 60
 
 

@@ -12,7 +12,7 @@ import pytest
 from adapters.ref import AdapterRef
 from base.pocket import CHECKPOINT
 from engine.config import EngineConfig
-from engine.observer import AdapterEvicted, AdapterLookup, AdapterMoved, DecodeStalled, Event
+from engine.observer import AdapterEvicted, AdapterLookup, AdapterMoved, DecodeStalled, Event, StepDone
 from tests.support.serving import Ask, Rig
 
 Told = TypeVar("Told", bound=Event)
@@ -66,14 +66,14 @@ def test_unloading_leaves_both_tiers_and_says_so(rig: Rig) -> None:
 
 def test_a_full_host_tier_says_who_had_to_leave(tmp_path: Path) -> None:
     whole = make_rig(tmp_path / "whole", 1 << 30)
-    ask(whole, "french")
-    one = whole.engine.status().host_bytes
+    ask(whole, *NAMES)
+    all_of_them = whole.engine.status().host_bytes
     whole.close()
-    rig = make_rig(tmp_path / "small", 2 * one)
+    rig = make_rig(tmp_path / "small", all_of_them - 1)
     ask(rig, *NAMES)
     host = [e.ref.name for e in told(rig, AdapterEvicted) if e.tier == "host"]
     assert host and set(host) <= {"french", "json"}
-    assert rig.engine.status().host_bytes <= 2 * one
+    assert rig.engine.status().host_bytes < all_of_them
     rig.close()
 
 
@@ -92,6 +92,14 @@ def test_stalls_are_told_only_when_somebody_was_kept_waiting(rig: Rig) -> None:
     stalls = told(rig, DecodeStalled)
     assert {stall.cause for stall in stalls} == {"adapter_copy", "adapter_probe"}
     assert all(stall.seconds >= 0 for stall in stalls)
+
+
+def test_a_step_says_of_each_phase_how_long_it_took_and_what_was_computed(rig: Rig) -> None:
+    ask(rig, "french")
+    steps = told(rig, StepDone)
+    names = {"receive", "adapters", "plan", "encode", "batch", "forward", "sample", "commit", "send"}
+    assert steps and all(set(step.seconds) == set(step.cpu_seconds) == names for step in steps)
+    assert all(step.cpu_seconds["forward"] > 0 for step in steps)
 
 
 def test_names_are_those_that_the_registry_gave(rig: Rig) -> None:

@@ -40,7 +40,8 @@ from tests.support.surface import client_of, make_surface
 
 WIRE_NAMES = """
 time_to_first_token_seconds inter_token_latency_seconds request_latency_seconds queue_seconds adapter_load_seconds
-decode_stall_seconds step_seconds batch_rows batch_distinct_adapters image_encode_seconds requests_total
+decode_stall_seconds step_seconds step_cpu_seconds_total batch_rows batch_distinct_adapters image_encode_seconds
+requests_total
 prompt_tokens_total generation_tokens_total adapter_loads_total adapter_load_failures_total adapter_evictions_total
 adapter_cache_hits_total adapter_cache_misses_total prefix_cache_hits_tokens_total prefix_cache_misses_tokens_total
 image_cache_hits_total image_cache_misses_total http_requests_total requests_running requests_waiting adapter_slots
@@ -116,8 +117,17 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return found[0]
 
 
+def test_a_phase_has_both_clocks(metrics: Metrics) -> None:
+    for _ in range(2):
+        record(metrics, StepDone({"plan": 0.25, "forward": 0.5}, {"plan": 0.125, "forward": 0.375}, 1, 1))
+    assert value(metrics, "lorikeet_step_seconds_sum", phase="plan") == pytest.approx(0.5)
+    assert value(metrics, "lorikeet_step_cpu_seconds_total", phase="plan") == pytest.approx(0.25)
+    assert value(metrics, "lorikeet_step_cpu_seconds_total", phase="forward") == pytest.approx(0.75)
+
+
 def test_every_name_of_the_wire_page_is_served(metrics: Metrics) -> None:
-    record(metrics, *life(adapter("a")), StepDone({"forward": 0.01}, 1, 1), ImagesEncoded(1, 4, 0.1))
+    record(metrics, *life(adapter("a")), StepDone({"forward": 0.01}, {"forward": 0.008}, 1, 1))
+    record(metrics, ImagesEncoded(1, 4, 0.1))
     record(metrics, AdapterMoved(adapter("a"), 1, {"read": 0.1}), DecodeStalled("adapter_copy", 0.1))
     metrics.count_http("/x", "GET", 200)
     text = metrics.render().decode()
