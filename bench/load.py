@@ -96,7 +96,9 @@ class Load:
     ) -> list[Streamed]:
         async def send_at(call: Call) -> Streamed:
             due_s = begin_s + call.at_s
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            # again and again: uvloop counts milliseconds, and may wake us too soon
+            while (left_s := due_s - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)
             return await self._send(client, call, bodies[call.index], due_s)
 
         return list(await asyncio.gather(*(send_at(call) for call in calls)))

@@ -19,7 +19,7 @@ from engine.messages import Inbound, Outbound
 from engine.observer import Event, SteppedAhead
 from engine.sequence import Sequence as Row
 
-TIMES = {"seconds", "queue_s", "swap_s", "timings"}
+TIMES = {"seconds", "cpu_seconds", "queue_s", "swap_s", "timings"}
 Script = Mapping[int, Sequence[Inbound]]
 """By step: what comes into the inbox while it runs, after it was looked into."""
 Told = tuple[object, ...]
